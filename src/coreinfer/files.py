@@ -1,0 +1,51 @@
+"""Writing files so that nothing is ever half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from coreinfer.errors import UserError
+
+
+def describe_os_error(error: OSError, path: str | Path) -> str:
+    """One line for a failed read or write: what, where, and what would do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left while writing {str(path)!r}; free some, or write elsewhere"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write {str(path)!r}; choose a path you can write to"
+    return f"cannot access {str(path)!r}: {error.strerror or error}"
+
+
+@contextmanager
+def replace_when_done(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it over `path` only if the block succeeds.
+
+    A directory made at the temporary path replaces `path` the same way.
+
+    Raises:
+        UserError: if the file system refuses (no space, no permission, no such folder).
+    """
+    path = Path(path)
+    partial: Path | None = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        partial = folder / path.name
+        yield partial
+        if path.is_dir() and partial.is_dir():
+            path.rename(folder / "replaced")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(describe_os_error(error, path)) from error
+    except SafetensorError as error:  # safetensors wraps the operating system's own error
+        raise UserError(f"cannot write {str(path)!r}: {error}") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial.parent, ignore_errors=True)

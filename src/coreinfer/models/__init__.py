@@ -1,0 +1,1 @@
+"""What an architecture's MLP is, and loading."""

@@ -1,0 +1,139 @@
+"""A uniform view of the MLP layers of a live Hugging Face model."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from coreinfer.core.measures import ReadCost
+from coreinfer.errors import UserError
+from coreinfer.models.families import family_of
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of either storage order, seen as weight [out, in]."""
+
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as [out, in]; a view, never a copy."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.t() if isinstance(self.module, Conv1D) else weight  # Conv1D is [in, out]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.module.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+
+@dataclass(frozen=True)
+class MlpLayer:
+    """One MLP layer: `h = act(inputs(x))` [.., D], `y = output(h)` [.., d]."""
+
+    index: int
+    inputs: tuple[Linear, ...]
+    output: Linear
+    fused: bool
+
+    @property
+    def num_neurons(self) -> int:
+        """D."""
+        return self.output.weight.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        """d."""
+        return self.output.weight.shape[0]
+
+    def column_norms(self) -> Tensor:
+        """|W_down[:, n]|_2 of every neuron, shape [D], float64."""
+        return self.output.weight.detach().float().norm(dim=0).double().cpu()
+
+    def neuron_bytes(self) -> int:
+        """Bytes of one neuron's weights: its input rows (and biases) and its output column."""
+        rows = 2 if self.fused else len(self.inputs)
+        biases = sum(linear.bias is not None for linear in self.inputs) * (2 if self.fused else 1)
+        return (rows * self.hidden_size + biases + self.hidden_size) * (
+            self.output.weight.element_size()
+        )
+
+
+def mlp_layers(model: PreTrainedModel) -> tuple[MlpLayer, ...]:
+    """The MLP layers of a causal language model.
+
+    Raises:
+        UserError: if the architecture is unknown or its linears are wrapped or quantised, so that
+            computing with some of their rows alone would not mean the same.
+    """
+    family = family_of(model.config.model_type)
+
+    def linear(layer: nn.Module, path: str) -> Linear:
+        module = layer.get_submodule(path)
+        weight = getattr(module, "weight", None)
+        plain = isinstance(module, (nn.Linear, Conv1D)) and isinstance(weight, Tensor)
+        if not plain or not weight.is_floating_point():
+            raise UserError(
+                f"{path} is a {type(module).__name__}, not a plain floating-point linear; "
+                "merge adapters and load without quantisation"
+            )
+        return Linear(module)
+
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return tuple(
+        MlpLayer(
+            index=i,
+            inputs=tuple(linear(layer, path) for path in family.inputs),
+            output=linear(layer, family.output),
+            fused=family.fused,
+        )
+        for i, layer in enumerate(layers)
+    )
+
+
+def read_cost(model: PreTrainedModel, layers: tuple[MlpLayer, ...]) -> ReadCost:
+    """Bytes read to decode one token, split into what a core set changes and what it does not.
+
+    Of an embedding table one row is read; the output head is read whole, also where it is tied
+    to the input embedding.
+    """
+    head = model.get_output_embeddings()
+    head_weight = head.weight if head is not None else None
+    tables = {
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.weight is not head_weight
+    }
+    total = sum(p.numel() * p.element_size() for p in model.parameters())  # tied ones come once
+    for table in tables.values():
+        total -= (table.shape[0] - 1) * table.shape[1] * table.element_size()
+    per_neuron = tuple(layer.neuron_bytes() for layer in layers)
+    num_neurons = tuple(layer.num_neurons for layer in layers)
+    mlp = sum(a * b for a, b in zip(per_neuron, num_neurons, strict=True))
+    return ReadCost(shared=total - mlp, per_neuron=per_neuron, num_neurons=num_neurons)
+
+
+def fingerprint(model: PreTrainedModel, layers: tuple[MlpLayer, ...]) -> str:
+    """A hash that tells models apart, cheaply, whatever dtype they were loaded in.
+
+    It covers the architecture, the shapes, and a sample of every down projection rounded to
+    bfloat16, so the same weights in float32 and bfloat16 have the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    shapes = [(layer.hidden_size, layer.num_neurons) for layer in layers]
+    digest.update(repr((model.config.model_type, shapes, model.config.vocab_size)).encode())
+    for layer in layers:
+        weight = layer.output.weight.detach()
+        sample = torch.cat([weight[:4, :64].reshape(-1), weight[-4:, -64:].reshape(-1)])
+        rounded = sample.to(torch.bfloat16).cpu().view(torch.int16)
+        digest.update(rounded.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,120 @@
+"""The selector base: budgets, dense layers, and exactly K neurons a layer.
+
+A rule is a dataclass that says whose statistics it ranks by (`source`) and how (`keys`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from coreinfer.core.selection import neuron_budget, top_neurons
+from coreinfer.core.statistics import LayerStatistics
+from coreinfer.errors import UserError, require_ratio
+from coreinfer.selectors.evidence import Evidence
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector chose: neuron indices a sparse layer, and what it wants to be known.
+
+    `notes` is plain JSON, for example the cluster a prompt was assigned to.
+    """
+
+    layers: dict[int, Tensor]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selector(ABC):
+    """Chooses the core neurons of a prompt from the statistics of its prefill.
+
+    Args:
+        beta: fraction of each sparse layer's neurons to keep, in (0, 1].
+        dense_layers: layers that keep all their neurons.
+        budgets: fraction to keep for single layers, where it differs from beta.
+        count_bos: let the beginning-of-sequence token count (an attention sink; by default it
+            counts only when the prompt is nothing else).
+
+    Raises:
+        UserError: if a fraction is out of range.
+    """
+
+    beta: float = 0.4
+    dense_layers: tuple[int, ...] = ()
+    budgets: Mapping[int, float] = field(default_factory=dict)
+    count_bos: bool = False
+
+    name: ClassVar[str]
+    needs_counts: ClassVar[bool] = False
+    needs_halves: ClassVar[bool] = False
+    needs_future: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_ratio("beta", self.beta)
+        for layer, keep in self.budgets.items():
+            require_ratio(f"the budget of layer {layer}", keep)
+
+    @property
+    def counting_alpha(self) -> float | None:
+        """alpha of the token-wise counts this rule needs; None where it needs none."""
+        return getattr(self, "alpha", None) if self.needs_counts else None
+
+    @property
+    def default_keep(self) -> float:
+        """The fraction kept in layers without a budget of their own."""
+        return self.beta
+
+    @abstractmethod
+    def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
+        """Scores of the neurons of a layer, [D] each, most significant first."""
+
+    def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
+        """The statistics to rank by, and notes. The prompt's own unless a rule says otherwise."""
+        return evidence.layers, {}
+
+    def check(self, num_neurons: Sequence[int], fingerprint: str, model: str) -> None:
+        """Refuse what does not fit the model, before any work is done.
+
+        Raises:
+            UserError: for layers outside the model, budgets that keep nothing, or stores made for
+                another model.
+        """
+        last = len(num_neurons) - 1
+        for what, layers in (("dense layer", self.dense_layers), ("budget layer", self.budgets)):
+            for layer in layers:
+                if not 0 <= layer <= last:
+                    raise UserError(f"{what} {layer} is outside the model, which has 0 to {last}")
+        for layer, size in enumerate(num_neurons):
+            if layer not in self.dense_layers:
+                neuron_budget(self.budgets.get(layer, self.default_keep), size)
+
+    def select(self, evidence: Evidence) -> Selection:
+        """The core neurons of a prompt: exactly K = round(keep * D) a sparse layer."""
+        statistics, notes = self.source(evidence)
+        layers = {}
+        for layer, stats in enumerate(statistics):
+            if layer in self.dense_layers:
+                continue
+            keep = self.budgets.get(layer, self.default_keep)
+            budget = neuron_budget(keep, stats.num_neurons)
+            layers[layer] = top_neurons(self.keys(stats, evidence.column_norms(layer)), budget)
+        return Selection(layers, notes)
+
+    def describe(self) -> dict[str, Any]:
+        """Name and parameters as plain JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"name": self.name} | {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    describe = getattr(value, "describe", None)
+    if describe is not None:
+        return describe()
+    if isinstance(value, Mapping):
+        return {str(k): v for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value

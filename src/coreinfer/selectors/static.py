@@ -1,0 +1,38 @@
+"""Control: one set for every prompt, from the whole corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from coreinfer.core.statistics import LayerStatistics
+from coreinfer.selectors.base import Selector
+from coreinfer.selectors.evidence import Evidence
+from coreinfer.selectors.rules import by_counts
+from coreinfer.semantics.store import ClusterStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static(Selector):
+    """The paper's rule on the counts of a whole corpus: what a prompt adds is measured by it.
+
+    Args:
+        clusters: a cluster store made for this model; its clusters are added up.
+    """
+
+    clusters: ClusterStore
+
+    name: ClassVar[str] = "static"
+
+    def check(self, num_neurons: Sequence[int], fingerprint: str, model: str) -> None:
+        self.clusters.require_model(fingerprint, model)
+        super().check(num_neurons, fingerprint, model)
+
+    def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
+        return self.clusters.corpus_statistics(), {}
+
+    def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
+        return by_counts(statistics)

@@ -1,0 +1,1 @@
+"""Embedding prompts, clustering a corpus, and the cluster store."""

@@ -1,0 +1,27 @@
+"""The mean of the dropped part over the prompt: a constant vector a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from coreinfer.standins.base import StandIn, StandInTerms
+from coreinfer.standins.sample import LayerSample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(StandIn):
+    """Adds r_mean = W_down[:, rest] mean_t h_t[rest]."""
+
+    name: ClassVar[str] = "mean"
+
+    @property
+    def sample_tokens(self) -> int:
+        return 0
+
+    def fit(self, sample: LayerSample, down: Tensor, dropped: Tensor) -> StandInTerms:
+        assert sample.h_sum is not None
+        h_mean = (sample.h_sum / sample.tokens)[dropped]
+        return StandInTerms(offset=(down[:, dropped].double() @ h_mean).to(down.dtype))
