@@ -1,0 +1,108 @@
+"""What a backend offers to the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from coreinfer.core.coreset import CoreSet
+from coreinfer.core.measures import ReadCost
+from coreinfer.recording import RecordingPlan
+from coreinfer.selectors import Selector
+from coreinfer.selectors.evidence import Evidence
+from coreinfer.standins import StandIn
+
+
+class Phase(Enum):
+    """What a forward pass is for; always stated, never guessed from a shape."""
+
+    PREFILL = "prefill"  # dense, and the statistics are recorded
+    DECODE = "decode"  # the core neurons alone
+    SCORE = "score"  # like decode, on given tokens, many at once
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `Session.select` chose for one sequence.
+
+    Attributes:
+        core_set: its core neurons.
+        stand_in_bytes: bytes that decode reads for the stand-in, all layers.
+        notes: what the selector wants to be known, plain JSON.
+    """
+
+    core_set: CoreSet
+    stand_in_bytes: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Session(Protocol):
+    """A batch of sequences in flight: KV cache, statistics and, once selected, core neurons."""
+
+    def prefill(
+        self, token_ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None
+    ) -> Tensor:
+        """Read tokens densely and record their statistics; may be called again for more.
+
+        Returns:
+            Logits that follow each sequence's last token, [B, V].
+        """
+        ...
+
+    def look_ahead(self, token_ids: Sequence[Sequence[int]]) -> None:
+        """Record the statistics of tokens to come, for the oracle; the sequences do not move."""
+        ...
+
+    def select(self, selector: Selector, stand_in: StandIn | None = None) -> list[Choice]:
+        """Choose each sequence's core neurons; what follows is decoded with them alone."""
+        ...
+
+    def decode(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens, one or more a sequence; logits after each, [B, T, V].
+
+        Shorter sequences are padded on the right; logits there mean nothing, and no further
+        `decode` may follow for them.
+        """
+        ...
+
+    def fork(self) -> Session:
+        """A copy that decodes on its own; this one stays where it is."""
+        ...
+
+    def evidence(self) -> list[Evidence]:
+        """What the prefill recorded, a sequence each."""
+        ...
+
+
+class Backend(Protocol):
+    """A loaded model that can run sessions."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def cost(self) -> ReadCost: ...
+    @property
+    def context_length(self) -> int | None: ...
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
+    def start(self, plan: RecordingPlan) -> Session:
+        """A fresh session that records what `plan` asks for."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next is honest."""
+        ...

@@ -1,0 +1,1 @@
+"""The hf backend: core-neuron decoding on a Hugging Face model, in place."""

@@ -1,0 +1,90 @@
+"""The smaller matrices that sparse decoding computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coreinfer.models.mlp import Linear, MlpLayer
+from coreinfer.standins.base import StandInTerms
+
+
+@dataclass(frozen=True)
+class GroupedLinear:
+    """A linear with its own weights for each of G groups of rows.
+
+    weight: [G, out, in]; bias: [G, out] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in], the G groups in equal consecutive shares of the rows -> [..., out]."""
+        if self.weight.shape[0] == 1:
+            return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
+        rows = x.reshape(self.weight.shape[0], -1, x.shape[-1])  # [G, rows, in]
+        y = rows @ self.weight.transpose(1, 2)
+        if self.bias is not None:
+            y = y + self.bias.unsqueeze(1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@dataclass(frozen=True)
+class CompactMlp:
+    """One MLP layer cut down to its core neurons, plus the stand-in for the others."""
+
+    inputs: tuple[GroupedLinear, ...]
+    output: GroupedLinear
+    left: GroupedLinear | None = None
+    right: GroupedLinear | None = None
+
+    def project(self, h: Tensor, x: Tensor) -> Tensor:
+        """h [..., K] and the MLP's input x [..., d] -> the MLP's output [..., d]."""
+        y = self.output(h)
+        if self.left is not None and self.right is not None:
+            y = y + self.left(self.right(x))
+        return y
+
+
+def compact_mlp(
+    layer: MlpLayer, kept: Sequence[Tensor], terms: Sequence[StandInTerms] | None
+) -> CompactMlp:
+    """Gather the weights of the kept neurons, one copy a group.
+
+    Args:
+        layer: the full layer.
+        kept: for each group its sorted neuron indices, [K] each.
+        terms: for each group its stand-in, or None. Its offset joins the output bias, so a
+            constant stand-in costs no further operation.
+    """
+    device = layer.output.weight.device
+    kept = [index.long().to(device) for index in kept]
+    size = layer.num_neurons
+
+    def rows(linear: Linear) -> GroupedLinear:
+        picks = [torch.cat([i, size + i]) if layer.fused else i for i in kept]
+        bias = linear.bias
+        return GroupedLinear(
+            torch.stack([linear.weight.index_select(0, i) for i in picks]),
+            None if bias is None else torch.stack([bias.index_select(0, i) for i in picks]),
+        )
+
+    down = torch.stack([layer.output.weight.index_select(1, i).contiguous() for i in kept])
+    bias = layer.output.bias
+    biases = None if bias is None else bias.expand(len(kept), -1)
+    left = right = None
+    if terms is not None:
+        offsets = torch.stack([term.offset for term in terms])
+        biases = offsets if biases is None else biases + offsets
+        lefts = [term.left for term in terms if term.left is not None]
+        rights = [term.right for term in terms if term.right is not None]
+        if lefts:
+            left = GroupedLinear(torch.stack(lefts), None)
+            right = GroupedLinear(torch.stack(rights), None)
+    inputs = tuple(rows(linear) for linear in layer.inputs)
+    return CompactMlp(inputs, GroupedLinear(down, biases), left, right)

@@ -1,0 +1,227 @@
+"""Sessions on a Hugging Face model: dense prefill, selection, sparse decode."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from coreinfer.backends.base import Choice, Phase
+from coreinfer.backends.hf.choose import Anatomy, choose, evidence_of
+from coreinfer.backends.hf.compact import CompactMlp
+from coreinfer.backends.hf.switch import Observer, Switchboard
+from coreinfer.core.measures import ReadCost
+from coreinfer.recording import BatchWindows, PromptRecorder, RecordingPlan
+from coreinfer.selectors import Selector
+from coreinfer.selectors.evidence import Evidence
+from coreinfer.standins import StandIn
+
+
+class HfBackend:
+    """A Hugging Face causal language model, decoded with core neurons. Any device, any dtype.
+
+    Args:
+        model: the model; it is rerouted only while a pass of a session runs.
+        tokenizer: its tokenizer.
+        name: what core sets and records call it.
+        prefill_chunk: tokens a prefill pass reads at most.
+
+    Raises:
+        UserError: if the architecture is not known.
+    """
+
+    name = "hf"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        prefill_chunk: int = 2048,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.anatomy = Anatomy(model, name)
+        self.prefill_chunk = prefill_chunk
+        parameters = inspect.signature(model.forward).parameters
+        # transformers renamed the argument within version 5; the old name warns in the new one.
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.keeps_logits = "logits_to_keep" in parameters
+
+    @property
+    def model_name(self) -> str:
+        return self.anatomy.name
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def fingerprint(self) -> str:
+        return self.anatomy.fingerprint
+
+    @property
+    def cost(self) -> ReadCost:
+        return self.anatomy.cost
+
+    @property
+    def context_length(self) -> int | None:
+        length = getattr(self.model.config, "max_position_embeddings", None)
+        return length if isinstance(length, int) else None
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        ids = self.model.generation_config.eos_token_id
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        if ids is None:
+            return frozenset()
+        return frozenset([ids] if isinstance(ids, int) else ids)
+
+    def start(self, plan: RecordingPlan) -> HfSession:
+        return HfSession(self, plan)
+
+    def synchronize(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+
+class HfSession:
+    """A batch of sequences on an `HfBackend`. See `coreinfer.backends.base.Session`."""
+
+    def __init__(self, backend: HfBackend, plan: RecordingPlan) -> None:
+        self._backend = backend
+        self._plan = plan
+        self._board = Switchboard(backend.anatomy.layers)
+        self._cache = DynamicCache(config=backend.model.config)
+        self._mask = torch.zeros(0, 0, dtype=torch.bool)  # [B, tokens so far], true at real ones
+        self._windows = BatchWindows(0, None)
+        self._recorders: list[PromptRecorder] = []
+        self._futures: list[PromptRecorder] | None = None
+        self._texts: list[str] | None = None
+        self._compact: dict[int, CompactMlp] = {}
+        self._is_fork = False
+
+    @property
+    def length(self) -> int:
+        """Columns in the KV cache, padding included."""
+        return self._mask.shape[1]
+
+    def prefill(
+        self, token_ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None
+    ) -> Tensor:
+        if self._is_fork:
+            raise RuntimeError("a forked session only decodes; prefill the one it came from")
+        if not self._recorders:
+            self._windows = BatchWindows(len(token_ids), self._backend.anatomy.bos_token_id)
+            self._recorders = self._new_recorders(len(token_ids))
+            self._mask = torch.zeros(len(token_ids), 0, dtype=torch.bool)
+        self._texts = None if texts is None else list(texts)
+        return self._record(token_ids, self._recorders, self._windows)
+
+    def look_ahead(self, token_ids: Sequence[Sequence[int]]) -> None:
+        ahead = self.fork()
+        ahead._compact = {}
+        self._futures = self._new_recorders(len(token_ids))
+        ahead._record(token_ids, self._futures, copy.deepcopy(self._windows), pad_left=False)
+
+    def evidence(self) -> list[Evidence]:
+        return evidence_of(self._backend.anatomy, self._recorders, self._texts, self._futures)
+
+    def select(self, selector: Selector, stand_in: StandIn | None = None) -> list[Choice]:
+        with torch.no_grad():
+            chosen = choose(
+                self._backend.anatomy, self._recorders, self.evidence(), selector, stand_in
+            )
+        self._compact = chosen.compact
+        return chosen.choices
+
+    def decode(self, token_ids: Sequence[Sequence[int]], phase: Phase = Phase.DECODE) -> Tensor:
+        ids, mask = _pad(token_ids, left=False)
+        return self._forward(ids, mask, phase, logits_to_keep=ids.shape[1])
+
+    def fork(self) -> HfSession:
+        twin = copy.copy(self)
+        twin._board = Switchboard(self._backend.anatomy.layers)
+        twin._cache = copy.deepcopy(self._cache)
+        twin._is_fork = True
+        return twin
+
+    def _new_recorders(self, batch: int) -> list[PromptRecorder]:
+        sizes = self._backend.anatomy.sizes
+        return [PromptRecorder(self._plan, sizes) for _ in range(batch)]
+
+    def _record(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        recorders: Sequence[PromptRecorder],
+        windows: BatchWindows,
+        *,
+        pad_left: bool = True,
+    ) -> Tensor:
+        """A dense pass, chunk by chunk, shown to the recorders; the last column's logits [B, V]."""
+        ids, mask = _pad(token_ids, left=pad_left)
+        windows.expect([len(row) for row in token_ids])
+        logits = torch.empty(0)
+        size = self._backend.prefill_chunk
+        for chunk, real in zip(ids.split(size, dim=1), mask.split(size, dim=1), strict=True):
+            seen = windows.advance(real, chunk)
+
+            def observe(layer: int, x: Tensor, h: Tensor) -> None:
+                x = x.reshape(*chunk.shape, -1)  # noqa: B023  # called before the loop moves on
+                h = h.reshape(*chunk.shape, -1)  # noqa: B023
+                for row, window in enumerate(seen):  # noqa: B023
+                    columns = window.columns.to(h.device)
+                    recorders[row].observe(layer, x[row, columns], h[row, columns], window)
+
+            logits = self._forward(chunk, real, Phase.PREFILL, observe=observe)
+        return logits[:, -1]
+
+    @torch.no_grad()
+    def _forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        phase: Phase,
+        *,
+        observe: Observer | None = None,
+        logits_to_keep: int = 1,
+    ) -> Tensor:
+        self._mask = torch.cat([self._mask, mask], dim=1)
+        device = self._backend.model.device
+        positions = (self._mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        arguments: dict[str, Any] = {
+            "input_ids": ids.to(device),
+            "position_ids": positions.to(device),
+            self._backend.cache_argument: self._cache,
+            "use_cache": True,
+        }
+        if not bool(self._mask.all()):
+            arguments["attention_mask"] = self._mask.long().to(device)
+        if self._backend.keeps_logits:
+            arguments["logits_to_keep"] = logits_to_keep
+        with self._board.installed() as board:
+            if phase is Phase.PREFILL:
+                board.observe(observe)
+            else:
+                board.compute_with(self._compact)
+            logits = self._backend.model(**arguments).logits
+        assert isinstance(logits, Tensor)
+        return logits.cpu()
+
+
+def _pad(token_ids: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids [B, T] padded with 0, and the mask of the real ones."""
+    width = max(len(row) for row in token_ids)
+    ids = torch.zeros(len(token_ids), width, dtype=torch.long)
+    mask = torch.zeros(len(token_ids), width, dtype=torch.bool)
+    for row, tokens in enumerate(token_ids):
+        place = slice(width - len(tokens), width) if left else slice(0, len(tokens))
+        ids[row, place] = torch.tensor(list(tokens), dtype=torch.long)
+        mask[row, place] = True
+    return ids, mask

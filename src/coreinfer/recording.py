@@ -1,0 +1,151 @@
+"""Recording a prefill: each sequence's statistics, and the token sample a stand-in is fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coreinfer.core.statistics import LayerStatistics, PromptStatistics
+from coreinfer.selectors.base import Selector
+from coreinfer.standins.base import StandIn
+from coreinfer.standins.sample import LayerSample
+
+
+@dataclass(frozen=True)
+class RecordingPlan:
+    """What a prefill has to record.
+
+    Attributes:
+        alpha: of the token-wise counts; None records no counts.
+        count_bos: let the beginning-of-sequence token count like any other.
+        halves: keep the two halves of the prompt apart.
+        sample_tokens: tokens to keep for a stand-in at most; 0 keeps sums only, None nothing.
+    """
+
+    alpha: float | None = None
+    count_bos: bool = False
+    halves: bool = False
+    sample_tokens: int | None = None
+
+    @classmethod
+    def of(cls, selector: Selector, stand_in: StandIn | None = None) -> RecordingPlan:
+        """The least that a selector and a stand-in need."""
+        return cls(
+            alpha=selector.counting_alpha,
+            count_bos=selector.count_bos,
+            halves=selector.needs_halves,
+            sample_tokens=None if stand_in is None else stand_in.sample_tokens,
+        )
+
+    def covers(self, other: RecordingPlan) -> bool:
+        """Whether what this plan records serves where `other` was asked for."""
+        return (
+            other.alpha in (None, self.alpha)
+            and other.count_bos == self.count_bos
+            and (self.halves or not other.halves)
+            and (
+                other.sample_tokens is None
+                or (self.sample_tokens is not None and self.sample_tokens >= other.sample_tokens)
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """The real tokens of one sequence inside a forward pass.
+
+    Attributes:
+        columns: where they stand in the pass, [n] int64; padding is not among them.
+        start: position in the sequence of the first of them.
+        middle: position at which the second half of the prompt begins.
+        bos: the first of them is the beginning-of-sequence token, at position 0.
+    """
+
+    columns: Tensor
+    start: int
+    middle: int
+    bos: bool
+
+
+class PromptRecorder:
+    """What the prefill of one sequence leaves, fed layer by layer and chunk by chunk."""
+
+    def __init__(self, plan: RecordingPlan, sizes: Sequence[tuple[int, int]]) -> None:
+        """Sizes are (num_neurons, hidden_size) of every layer."""
+        self.plan = plan
+        self._parts = [PromptStatistics.zeros(sizes) for _ in range(2 if plan.halves else 1)]
+        capacity = plan.sample_tokens or 0
+        self._samples = [LayerSample(capacity) for _ in sizes]
+        self._first = [LayerSample(capacity) for _ in sizes]  # the sink, only if nothing else is
+
+    def observe(self, layer: int, x: Tensor, h: Tensor, window: Window) -> None:
+        """Add tokens of one layer: the MLP's input x [n, d] and activations h [n, D]."""
+        if window.columns.numel() == 0:
+            return
+        if self.plan.sample_tokens is not None:
+            positions = window.start + torch.arange(x.shape[0], device=x.device)
+            sink = int(window.start == 0)
+            self._first[layer].update(x[:sink], h[:sink], positions[:sink])
+            self._samples[layer].update(x[sink:], h[sink:], positions[sink:])
+        start, alpha = window.start, self.plan.alpha
+        if window.bos and not self.plan.count_bos:
+            self._parts[0].bos[layer].update(x[:1], h[:1], alpha)
+            x, h, start = x[1:], h[1:], start + 1
+        if self.plan.halves:
+            cut = min(max(window.middle - start, 0), x.shape[0])
+            self._parts[0].layers[layer].update(x[:cut], h[:cut], alpha)
+            self._parts[1].layers[layer].update(x[cut:], h[cut:], alpha)
+        else:
+            self._parts[0].layers[layer].update(x, h, alpha)
+
+    def statistics(self) -> list[LayerStatistics]:
+        """Of the whole prompt, as selection counts it."""
+        total = self._parts[0]
+        for part in self._parts[1:]:
+            total = total + part
+        return total.counted()
+
+    def halves(self) -> tuple[list[LayerStatistics], list[LayerStatistics]] | None:
+        """Of the two halves, if they were recorded."""
+        if len(self._parts) == 1:
+            return None
+        return self._parts[0].layers, self._parts[1].layers
+
+    def sample(self, layer: int) -> LayerSample:
+        """The tokens to fit a stand-in on: all but the first, or the first if it is the only one."""
+        sample = self._samples[layer]
+        return sample if sample.tokens else self._first[layer]
+
+
+class BatchWindows:
+    """Follows each sequence of a batch through the passes of its prefill."""
+
+    def __init__(self, batch: int, bos_token_id: int | None) -> None:
+        self._bos_token_id = bos_token_id
+        self._seen = [0] * batch
+        self._middles = [0] * batch
+
+    def expect(self, lengths: Sequence[int]) -> None:
+        """State how many real tokens each sequence is about to get, over one or more passes.
+
+        In a further turn the new tokens are halved by themselves, and their halves add to those
+        of the turns before.
+        """
+        self._middles = [
+            seen + (length + 1) // 2 for seen, length in zip(self._seen, lengths, strict=True)
+        ]
+
+    def advance(self, mask: Tensor, token_ids: Tensor | None) -> list[Window]:
+        """The windows of the next pass; mask [B, T] is true at real tokens, ids [B, T]."""
+        windows = []
+        for row, real in enumerate(mask.bool()):
+            columns = real.nonzero().squeeze(-1)
+            start = self._seen[row]
+            first = start == 0 and columns.numel() > 0 and token_ids is not None
+            bos = first and int(token_ids[row, columns[0]]) == self._bos_token_id  # type: ignore[index]
+            windows.append(Window(columns, start, self._middles[row], bos))
+            self._seen[row] += columns.numel()
+        return windows

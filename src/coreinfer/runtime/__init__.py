@@ -1,0 +1,1 @@
+"""One path from prompts to text: prefill, select, decode."""

@@ -1,0 +1,211 @@
+"""The generation loop: one dense prefill, one selection, then decode with the core neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from coreinfer.backends.base import Backend, Choice, Session
+from coreinfer.errors import UserError
+from coreinfer.recording import RecordingPlan
+from coreinfer.runtime.records import GenerationRecord, Piece, peak_memory_bytes
+from coreinfer.runtime.sampling import Sampler, SamplingParams
+from coreinfer.runtime.text import TextStream
+from coreinfer.selectors import Selector
+from coreinfer.standins import StandIn
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A batch of prompts that has been read: any number of continuations can start from it.
+
+    logits: [B, V], what follows each prompt. seconds: what the prefill took.
+    """
+
+    session: Session
+    logits: Tensor
+    prompt_tokens: list[int]
+    seconds: float
+
+
+def require_room(backend: Backend, prompt_tokens: int) -> None:
+    """Raises UserError if a prompt leaves no room in the model's context."""
+    length = backend.context_length
+    if length is not None and prompt_tokens >= length:
+        raise UserError(
+            f"the prompt has {prompt_tokens} tokens, {backend.model_name} reads {length} at most "
+            "and needs room for an answer; shorten the prompt"
+        )
+
+
+def prefill(
+    backend: Backend,
+    token_ids: Sequence[Sequence[int]],
+    plan: RecordingPlan,
+    texts: Sequence[str] | None = None,
+) -> Prefilled:
+    """Read prompts densely and record what `plan` asks for.
+
+    Raises:
+        UserError: if a prompt leaves no room in the model's context.
+    """
+    for row in token_ids:
+        require_room(backend, len(row))
+    session = backend.start(plan)
+    began = perf_counter()
+    logits = session.prefill(token_ids, texts)
+    backend.synchronize()
+    return Prefilled(session, logits, [len(row) for row in token_ids], perf_counter() - began)
+
+
+def generate(
+    backend: Backend,
+    token_ids: Sequence[Sequence[int]],
+    selector: Selector,
+    stand_in: StandIn | None = None,
+    params: SamplingParams | None = None,
+    texts: Sequence[str] | None = None,
+) -> Iterator[Piece]:
+    """Answer a batch of prompts, streamed; each has its own core set.
+
+    Args:
+        token_ids: the prompts.
+        texts: the prompts as text, for selectors that embed them.
+
+    Raises:
+        UserError: if a prompt is too long or the selector does not fit the model.
+    """
+    read = prefill(backend, token_ids, RecordingPlan.of(selector, stand_in), texts)
+    yield from continue_from(backend, read, selector, stand_in, params)
+
+
+def continue_from(
+    backend: Backend,
+    read: Prefilled,
+    selector: Selector,
+    stand_in: StandIn | None = None,
+    params: SamplingParams | None = None,
+) -> Iterator[Piece]:
+    """Select and decode on a fork of what was prefilled, which can be continued again."""
+    params = params or SamplingParams()
+    if selector.needs_future:
+        read.session.look_ahead(_dense_answers(backend, read, params))
+    session = read.session.fork()
+    began = perf_counter()
+    choices = session.select(selector, stand_in)
+    backend.synchronize()
+    select_s = perf_counter() - began
+    answers = [
+        _Answer(backend, params, tokens) for tokens in read.prompt_tokens
+    ]
+    decode = _decode(session, read.logits, answers)
+    began, first_s = perf_counter(), 0.0
+    for step, texts in enumerate(decode):
+        for index, text in enumerate(texts):
+            if text:
+                yield Piece(index, text)
+        if step == 0:
+            first_s = perf_counter() - began
+    backend.synchronize()
+    decode_s = perf_counter() - began
+    timing = {"prefill_s": read.seconds, "select_s": select_s, "decode_s": decode_s}
+    for index, (answer, choice) in enumerate(zip(answers, choices, strict=True)):
+        rest = len(answer.tokens) - 1
+        rate = rest / (decode_s - first_s) if rest > 0 and decode_s > first_s else None
+        yield Piece(
+            index,
+            "",
+            _record(backend, read.prompt_tokens[index], answer, selector, stand_in, choice)(
+                **timing, decode_tokens_per_s=rate
+            ),
+        )
+
+
+class _Answer:
+    """The tokens and text of one sequence while it is decoded."""
+
+    def __init__(self, backend: Backend, params: SamplingParams, prompt_tokens: int) -> None:
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.stream = TextStream(backend.tokenizer, params.stop)
+        self._sample = Sampler(params)
+        self._eos = frozenset() if params.ignore_eos else backend.eos_token_ids
+        room = backend.context_length
+        self._limit = params.max_new_tokens
+        if room is not None:
+            self._limit = min(self._limit, room - prompt_tokens)
+
+    def step(self, logits: Tensor) -> str:
+        """Draw a token from logits [V]; the text that becomes certain by it."""
+        if self.finish_reason is not None:
+            return ""
+        token = self._sample(logits)
+        self.tokens.append(token)
+        if token in self._eos:
+            self.finish_reason = "eos"
+            return self.stream.finish()
+        text = self.stream.push(token)
+        if not self.stream.stopped and len(self.tokens) >= self._limit:
+            text += self.stream.finish()
+            self.finish_reason = "length"
+        if self.stream.stopped:
+            self.finish_reason = "stop"
+        return text
+
+
+def _decode(session: Session, logits: Tensor, answers: Sequence[_Answer]) -> Iterator[list[str]]:
+    """Step all answers until each has ended; the texts of each step."""
+    while True:
+        yield [answer.step(row) for answer, row in zip(answers, logits, strict=True)]
+        if all(answer.finish_reason for answer in answers):
+            return
+        logits = session.decode([[answer.tokens[-1]] for answer in answers])[:, -1]
+
+
+def _dense_answers(
+    backend: Backend, read: Prefilled, params: SamplingParams
+) -> list[list[int]]:
+    """What dense decoding says, for the oracle to look at."""
+    answers = [_Answer(backend, params, tokens) for tokens in read.prompt_tokens]
+    for _ in _decode(read.session.fork(), read.logits, answers):
+        pass
+    return [answer.tokens for answer in answers]
+
+
+def _record(
+    backend: Backend,
+    prompt_tokens: int,
+    answer: _Answer,
+    selector: Selector,
+    stand_in: StandIn | None,
+    choice: Choice,
+) -> Any:
+    from functools import partial
+
+    core_set, cost = choice.core_set, backend.cost
+    return partial(
+        GenerationRecord,
+        prompt_tokens=prompt_tokens,
+        generated_tokens=len(answer.tokens),
+        text=answer.stream.text,
+        token_ids=answer.tokens,
+        finish_reason=answer.finish_reason or "length",
+        selector=selector.name,
+        alpha=selector.counting_alpha,
+        beta=selector.beta,
+        gamma=getattr(selector, "gamma", None),
+        stand_in="none" if stand_in is None else stand_in.name,
+        dense_layers=[i for i in range(core_set.num_layers) if i not in core_set.layers],
+        density=core_set.density,
+        bytes_per_token=cost.sparse(core_set, choice.stand_in_bytes),
+        dense_bytes_per_token=cost.dense,
+        peak_memory_bytes=peak_memory_bytes(),
+        backend=backend.name,
+        dtype=backend.dtype,
+        model=backend.model_name,
+        notes=choice.notes,
+    )

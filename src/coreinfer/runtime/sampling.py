@@ -1,0 +1,76 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from coreinfer.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a continuation is drawn and when it ends.
+
+    Args:
+        max_new_tokens: tokens to generate at most, at least 1.
+        temperature: 0 is greedy; above 0 samples.
+        top_k: sample among the k likeliest tokens; 0 is all.
+        top_p: sample among the likeliest tokens that hold this much probability, in (0, 1].
+        seed: of the sampling; every sequence has a generator of its own, so a prompt's output
+            does not depend on what runs beside it.
+        stop: texts that end the answer; they are not part of it.
+        ignore_eos: go on after an end-of-sequence token.
+
+    Raises:
+        UserError: if a value is out of range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"top_k must be 0 (all) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if "" in self.stop:
+            raise UserError("a stop text must not be empty")
+
+
+class Sampler:
+    """Draws the tokens of one sequence."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._greedy = params.temperature == 0
+        self._generator = torch.Generator().manual_seed(params.seed)
+        self._warpers = []
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(float(params.temperature)))
+        if params.top_k:
+            self._warpers.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(params.top_p))
+
+    def __call__(self, logits: Tensor) -> int:
+        """The next token after logits [V]."""
+        if self._greedy:
+            return int(logits.argmax())
+        scores = logits.float().unsqueeze(0)
+        no_history = torch.empty(1, 0, dtype=torch.long)
+        for warper in self._warpers:
+            scores = warper(no_history, scores)
+        return int(torch.multinomial(scores.softmax(dim=-1)[0], 1, generator=self._generator))
