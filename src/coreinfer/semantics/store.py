@@ -1,0 +1,227 @@
+"""The cluster store: what a calibration corpus says about which neurons matter for what meaning.
+
+A store is a folder of two files, `clusters.safetensors` and `clusters.json`; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coreinfer.core.statistics import LayerStatistics
+from coreinfer.errors import UserError, require_ratio
+from coreinfer.files import replace_when_done
+from coreinfer.semantics.clustering import cosines
+from coreinfer.semantics.encoders import Encoder, encoder_from
+
+if TYPE_CHECKING:  # the selectors import this package
+    from coreinfer.selectors.evidence import Evidence
+
+FORMAT = "coreinfer.clusters/1"
+TENSORS, DESCRIPTION = "clusters.safetensors", "clusters.json"
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The cluster a prompt belongs to, and the cosine to its centroid (-1 to 1)."""
+
+    cluster: int
+    similarity: float
+
+    def describe(self) -> dict[str, Any]:
+        return {"cluster": self.cluster, "similarity": round(self.similarity, 6)}
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterStore:
+    """Clusters of a corpus by meaning, each with its summed core-neuron counts.
+
+    Counts are kept, not sets, so gamma is chosen when the store is used.
+
+    Attributes:
+        model, model_fingerprint: the model it was made for; it is refused on any other.
+        hidden_size: d of that model.
+        alpha: of the token-wise counts, in (0, 1].
+        encoder: what a prompt is embedded by.
+        center: [e]; centroids: [k, e], unit directions from the center.
+        tokens: [k] int64, tokens summed over in each cluster.
+        documents: [k] int64, its size.
+        counts: for each layer [k, D] int64, f(n) summed over the cluster's tokens.
+        positive_sums: for each layer [k, D] float64, the tie-break of the counts.
+        corpus: name, size and hash of the corpus; how_k: how k was chosen. Plain JSON both.
+    """
+
+    model: str
+    model_fingerprint: str
+    hidden_size: int
+    alpha: float
+    encoder: Encoder
+    center: Tensor
+    centroids: Tensor
+    tokens: Tensor
+    documents: Tensor
+    counts: Sequence[Tensor]
+    positive_sums: Sequence[Tensor]
+    corpus: Mapping[str, Any] = field(default_factory=dict)
+    how_k: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_ratio("alpha of a cluster store", self.alpha)
+        k = self.num_clusters
+        _check("center", self.center, (self.centroids.shape[-1],), torch.float32)
+        _check("centroids", self.centroids, (k, self.center.numel()), torch.float32)
+        _check("tokens", self.tokens, (k,), torch.int64)
+        _check("documents", self.documents, (k,), torch.int64)
+        if k == 0 or not self.counts or len(self.counts) != len(self.positive_sums):
+            raise UserError("a cluster store needs a cluster, and counts and sums of every layer")
+        for layer, (counts, sums) in enumerate(zip(self.counts, self.positive_sums, strict=True)):
+            _check(f"counts of layer {layer}", counts, (k, counts.shape[-1]), torch.int64)
+            _check(f"positive sums of layer {layer}", sums, tuple(counts.shape), torch.float64)
+        self.encoder.check(len(self.counts))
+
+    @property
+    def num_clusters(self) -> int:
+        """k."""
+        return self.centroids.shape[0]
+
+    @property
+    def num_neurons(self) -> tuple[int, ...]:
+        """D of every layer."""
+        return tuple(counts.shape[1] for counts in self.counts)
+
+    def require_model(self, fingerprint: str, name: str) -> None:
+        """Raises UserError unless the store was made for the model with this fingerprint."""
+        if self.model_fingerprint != fingerprint:
+            raise UserError(
+                f"this cluster store was made for {self.model!r} ({self.model_fingerprint[:12]}), "
+                f"not for {name!r} ({fingerprint[:12]}); make one with 'coreinfer cluster'"
+            )
+
+    def nearest(self, evidence: Evidence) -> Nearest:
+        """The cluster whose centroid has the largest cosine to the prompt's vector."""
+        vector = self.encoder.encode([evidence])
+        if vector.shape[-1] != self.center.numel():
+            raise UserError(
+                f"the encoder gives vectors of {vector.shape[-1]} numbers, the cluster store has "
+                f"{self.center.numel()}; it was made with another {self.encoder.name!r} model"
+            )
+        similarity = cosines(vector, self.center, self.centroids)[0]
+        best = int(similarity.argmax())
+        return Nearest(best, float(similarity[best]))
+
+    def statistics(self, cluster: int) -> list[LayerStatistics]:
+        """The summed statistics of one cluster, a layer each (counts and their tie-break only)."""
+        return self._sum(slice(cluster, cluster + 1))
+
+    def corpus_statistics(self) -> list[LayerStatistics]:
+        """The same over the whole corpus."""
+        return self._sum(slice(None))
+
+    def _sum(self, rows: slice) -> list[LayerStatistics]:
+        summed = []
+        for counts, sums in zip(self.counts, self.positive_sums, strict=True):
+            layer = LayerStatistics.zeros(counts.shape[1], self.hidden_size)
+            layer.counts = counts[rows].sum(dim=0)
+            layer.positive_sum = sums[rows].sum(dim=0)
+            layer.tokens = int(self.tokens[rows].sum())
+            summed.append(layer)
+        return summed
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as plain JSON: what `clusters.json` holds."""
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "model_fingerprint": self.model_fingerprint,
+            "num_layers": len(self.counts),
+            "hidden_size": self.hidden_size,
+            "alpha": self.alpha,
+            "encoder": self.encoder.describe(),
+            "corpus": dict(self.corpus),
+            "k": dict(self.how_k),
+            "sizes": self.documents.tolist(),
+            "tokens": self.tokens.tolist(),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the folder; it replaces a store that was there only when it is complete.
+
+        Raises:
+            UserError: if it cannot be written, or something that is no store is there.
+        """
+        path = Path(path)
+        if path.exists() and not (path / DESCRIPTION).is_file():
+            raise UserError(f"{str(path)!r} exists and is no cluster store; choose another path")
+        tensors = {
+            "center": self.center,
+            "centroids": self.centroids,
+            "tokens": self.tokens,
+            "documents": self.documents,
+        }
+        for layer, (counts, sums) in enumerate(zip(self.counts, self.positive_sums, strict=True)):
+            tensors[f"counts.{layer}"], tensors[f"positive_sums.{layer}"] = counts, sums
+        with replace_when_done(path) as partial:
+            partial.mkdir()
+            save_file({name: t.contiguous() for name, t in tensors.items()}, partial / TENSORS)
+            text = json.dumps(self.describe(), indent=2) + "\n"
+            (partial / DESCRIPTION).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ClusterStore:
+        """Read a store.
+
+        Raises:
+            UserError: if it is missing, damaged, truncated, or of another format or version.
+        """
+        path = Path(path)
+        try:
+            about = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"no cluster store at {str(path)!r}; make one with 'coreinfer cluster'"
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{str(path / DESCRIPTION)!r} is not readable: {error}") from None
+        found = about.get("format") if isinstance(about, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{str(path)!r} has format {found!r}, expected {FORMAT!r}")
+        try:
+            tensors = load_file(path / TENSORS)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{str(path / TENSORS)!r} is not readable: {error}") from None
+        try:
+            layers = range(int(about["num_layers"]))
+            return cls(
+                model=str(about["model"]),
+                model_fingerprint=str(about["model_fingerprint"]),
+                hidden_size=int(about["hidden_size"]),
+                alpha=about["alpha"],
+                encoder=encoder_from(about["encoder"]),
+                center=tensors["center"],
+                centroids=tensors["centroids"],
+                tokens=tensors["tokens"],
+                documents=tensors["documents"],
+                counts=[tensors[f"counts.{layer}"] for layer in layers],
+                positive_sums=[tensors[f"positive_sums.{layer}"] for layer in layers],
+                corpus=dict(about["corpus"]),
+                how_k=dict(about["k"]),
+            )
+        except UserError as error:
+            raise UserError(f"{str(path)!r} is damaged: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f"{str(path)!r} is damaged: {error!r}") from None
+
+
+def _check(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise UserError(
+            f"{what} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+        )

@@ -1,0 +1,20 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# What a test loads lies on this machine; a look at the hub would only wait for a time-out.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with evaluation data that lies beside the checkout, where there is one."""
+    folder = Path(os.environ.get("COREINFER_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no evaluation data at {folder} (set COREINFER_SHARED to its folder)")
+    return folder
