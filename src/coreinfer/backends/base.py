@@ -62,8 +62,8 @@ class Session(Protocol):
         """Choose each sequence's core neurons; what follows is decoded with them alone."""
         ...
 
-    def decode(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens, one or more a sequence; logits after each, [B, T, V].
+    def decode(self, token_ids: Sequence[Sequence[int]], phase: Phase = Phase.DECODE) -> Tensor:
+        """Append tokens, none or more a sequence; logits after each, [B, T, V].
 
         Shorter sequences are padded on the right; logits there mean nothing, and no further
         `decode` may follow for them.
