@@ -99,6 +99,10 @@ class Backend(Protocol):
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
 
+    def check(self, selector: Selector) -> None:
+        """Raises UserError if the selector does not fit this model."""
+        ...
+
     def start(self, plan: RecordingPlan) -> Session:
         """A fresh session that records what `plan` asks for."""
         ...

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
 
 from torch import Tensor
 
-from coreinfer.backends.base import Backend, Choice, Session
+from coreinfer.backends.base import Backend, Session
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.records import GenerationRecord, Piece, peak_memory_bytes
@@ -21,15 +20,23 @@ from coreinfer.standins import StandIn
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A batch of prompts that has been read: any number of continuations can start from it.
+    """A batch of sequences that was read up to here and can be continued.
 
-    logits: [B, V], what follows each prompt. seconds: what the prefill took.
+    Attributes:
+        session: its session; `continue_from` moves it on.
+        logits: [B, V], what follows each sequence.
+        prompt_tokens: tokens of each sequence, those of earlier turns included.
+        seconds: what the prefill took.
     """
 
     session: Session
     logits: Tensor
     prompt_tokens: list[int]
     seconds: float
+
+    def fork(self) -> Prefilled:
+        """The same on a session of its own, so that this one can be continued again."""
+        return replace(self, session=self.session.fork())
 
 
 def require_room(backend: Backend, prompt_tokens: int) -> None:
@@ -53,13 +60,28 @@ def prefill(
     Raises:
         UserError: if a prompt leaves no room in the model's context.
     """
-    for row in token_ids:
-        require_room(backend, len(row))
-    session = backend.start(plan)
+    return prefill_on(backend, backend.start(plan), token_ids, [0] * len(token_ids), texts)
+
+
+def prefill_on(
+    backend: Backend,
+    session: Session,
+    token_ids: Sequence[Sequence[int]],
+    before: Sequence[int],
+    texts: Sequence[str] | None = None,
+) -> Prefilled:
+    """Read more on a session whose sequences have `before` tokens: the next turn of a chat.
+
+    Raises:
+        UserError: if a sequence leaves no room in the model's context.
+    """
+    totals = [old + len(row) for old, row in zip(before, token_ids, strict=True)]
+    for total in totals:
+        require_room(backend, total)
     began = perf_counter()
     logits = session.prefill(token_ids, texts)
     backend.synchronize()
-    return Prefilled(session, logits, [len(row) for row in token_ids], perf_counter() - began)
+    return Prefilled(session, logits, totals, perf_counter() - began)
 
 
 def generate(
@@ -73,12 +95,17 @@ def generate(
     """Answer a batch of prompts, streamed; each has its own core set.
 
     Args:
+        backend: the model.
         token_ids: the prompts.
+        selector: the rule that chooses the core neurons.
+        stand_in: what takes the place of the dropped neurons; None drops them.
+        params: how tokens are drawn and when an answer ends.
         texts: the prompts as text, for selectors that embed them.
 
     Raises:
         UserError: if a prompt is too long or the selector does not fit the model.
     """
+    backend.check(selector)
     read = prefill(backend, token_ids, RecordingPlan.of(selector, stand_in), texts)
     yield from continue_from(backend, read, selector, stand_in, params)
 
@@ -90,39 +117,54 @@ def continue_from(
     stand_in: StandIn | None = None,
     params: SamplingParams | None = None,
 ) -> Iterator[Piece]:
-    """Select and decode on a fork of what was prefilled, which can be continued again."""
+    """Select and decode on what was prefilled; its session ends up behind the last token fed."""
     params = params or SamplingParams()
+    session = read.session
     if selector.needs_future:
-        read.session.look_ahead(_dense_answers(backend, read, params))
-    session = read.session.fork()
+        session.look_ahead(_dense_answers(backend, read, params))
     began = perf_counter()
     choices = session.select(selector, stand_in)
     backend.synchronize()
     select_s = perf_counter() - began
-    answers = [
-        _Answer(backend, params, tokens) for tokens in read.prompt_tokens
-    ]
-    decode = _decode(session, read.logits, answers)
-    began, first_s = perf_counter(), 0.0
-    for step, texts in enumerate(decode):
+    answers = [_Answer(backend, params, tokens) for tokens in read.prompt_tokens]
+    steps = _decode(session, read.logits, answers)
+    seconds: list[float] = []  # of each step; what the reader of the stream does is not in it
+    began = perf_counter()
+    while (texts := next(steps, None)) is not None:
+        seconds.append(perf_counter() - began)
         for index, text in enumerate(texts):
             if text:
                 yield Piece(index, text)
-        if step == 0:
-            first_s = perf_counter() - began
-    backend.synchronize()
-    decode_s = perf_counter() - began
-    timing = {"prefill_s": read.seconds, "select_s": select_s, "decode_s": decode_s}
+        began = perf_counter()
     for index, (answer, choice) in enumerate(zip(answers, choices, strict=True)):
-        rest = len(answer.tokens) - 1
-        rate = rest / (decode_s - first_s) if rest > 0 and decode_s > first_s else None
-        yield Piece(
-            index,
-            "",
-            _record(backend, read.prompt_tokens[index], answer, selector, stand_in, choice)(
-                **timing, decode_tokens_per_s=rate
-            ),
+        core_set = choice.core_set
+        rest = sum(seconds[1 : len(answer.tokens)])
+        record = GenerationRecord(
+            prompt_tokens=read.prompt_tokens[index],
+            generated_tokens=len(answer.tokens),
+            text=answer.stream.text,
+            token_ids=answer.tokens,
+            finish_reason=answer.finish_reason or "length",
+            selector=selector.name,
+            alpha=selector.counting_alpha,
+            beta=selector.beta,
+            gamma=getattr(selector, "gamma", None),
+            stand_in="none" if stand_in is None else stand_in.name,
+            dense_layers=[i for i in range(core_set.num_layers) if i not in core_set.layers],
+            density=core_set.density,
+            bytes_per_token=backend.cost.sparse(core_set, choice.stand_in_bytes),
+            dense_bytes_per_token=backend.cost.dense,
+            prefill_s=read.seconds,
+            select_s=select_s,
+            decode_s=sum(seconds[: len(answer.tokens)]),
+            decode_tokens_per_s=(len(answer.tokens) - 1) / rest if rest > 0 else None,
+            peak_memory_bytes=peak_memory_bytes(),
+            backend=backend.name,
+            dtype=backend.dtype,
+            model=backend.model_name,
+            notes=choice.notes,
         )
+        yield Piece(index, "", record)
 
 
 class _Answer:
@@ -134,10 +176,9 @@ class _Answer:
         self.stream = TextStream(backend.tokenizer, params.stop)
         self._sample = Sampler(params)
         self._eos = frozenset() if params.ignore_eos else backend.eos_token_ids
-        room = backend.context_length
         self._limit = params.max_new_tokens
-        if room is not None:
-            self._limit = min(self._limit, room - prompt_tokens)
+        if backend.context_length is not None:
+            self._limit = min(self._limit, backend.context_length - prompt_tokens)
 
     def step(self, logits: Tensor) -> str:
         """Draw a token from logits [V]; the text that becomes certain by it."""
@@ -166,46 +207,9 @@ def _decode(session: Session, logits: Tensor, answers: Sequence[_Answer]) -> Ite
         logits = session.decode([[answer.tokens[-1]] for answer in answers])[:, -1]
 
 
-def _dense_answers(
-    backend: Backend, read: Prefilled, params: SamplingParams
-) -> list[list[int]]:
+def _dense_answers(backend: Backend, read: Prefilled, params: SamplingParams) -> list[list[int]]:
     """What dense decoding says, for the oracle to look at."""
     answers = [_Answer(backend, params, tokens) for tokens in read.prompt_tokens]
     for _ in _decode(read.session.fork(), read.logits, answers):
         pass
     return [answer.tokens for answer in answers]
-
-
-def _record(
-    backend: Backend,
-    prompt_tokens: int,
-    answer: _Answer,
-    selector: Selector,
-    stand_in: StandIn | None,
-    choice: Choice,
-) -> Any:
-    from functools import partial
-
-    core_set, cost = choice.core_set, backend.cost
-    return partial(
-        GenerationRecord,
-        prompt_tokens=prompt_tokens,
-        generated_tokens=len(answer.tokens),
-        text=answer.stream.text,
-        token_ids=answer.tokens,
-        finish_reason=answer.finish_reason or "length",
-        selector=selector.name,
-        alpha=selector.counting_alpha,
-        beta=selector.beta,
-        gamma=getattr(selector, "gamma", None),
-        stand_in="none" if stand_in is None else stand_in.name,
-        dense_layers=[i for i in range(core_set.num_layers) if i not in core_set.layers],
-        density=core_set.density,
-        bytes_per_token=cost.sparse(core_set, choice.stand_in_bytes),
-        dense_bytes_per_token=cost.dense,
-        peak_memory_bytes=peak_memory_bytes(),
-        backend=backend.name,
-        dtype=backend.dtype,
-        model=backend.model_name,
-        notes=choice.notes,
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from coreinfer.errors import UserError
@@ -25,12 +26,24 @@ def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """A conversation through the model's chat template, ready for the assistant's turn."""
-    text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=True
-    )
-    # The template writes the special tokens itself.
+def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """A conversation as the model's chat template writes it, ready for the assistant's turn.
+
+    Raises:
+        UserError: if the template refuses the conversation, with its own reason.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise UserError(f"the model's chat template refuses this conversation: {error}") from None
+    assert isinstance(text, str)
+    return text
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text in which the special tokens are already written."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
@@ -40,7 +53,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool)
         return encode_raw(tokenizer, prompt)
     if not prompt.strip():
         raise UserError("the prompt is empty; give at least one character")
-    return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+    return encode_text(tokenizer, render_messages(tokenizer, [{"role": "user", "content": prompt}]))
 
 
 def encode_pair(

@@ -83,6 +83,9 @@ class HfBackend:
             return frozenset()
         return frozenset([ids] if isinstance(ids, int) else ids)
 
+    def check(self, selector: Selector) -> None:
+        self.anatomy.check(selector)
+
     def start(self, plan: RecordingPlan) -> HfSession:
         return HfSession(self, plan)
 
