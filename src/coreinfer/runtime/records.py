@@ -59,7 +59,7 @@ class Piece:
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held: of the GPU where one is in use, else resident."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return int(torch.cuda.max_memory_allocated())
     try:
         import resource

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from coreinfer.errors import UserError
 
@@ -57,7 +62,7 @@ class Sampler:
     def __init__(self, params: SamplingParams) -> None:
         self._greedy = params.temperature == 0
         self._generator = torch.Generator().manual_seed(params.seed)
-        self._warpers = []
+        self._warpers: list[LogitsProcessor] = []
         if not self._greedy:
             self._warpers.append(TemperatureLogitsWarper(float(params.temperature)))
         if params.top_k:

@@ -50,6 +50,7 @@ class Selector(ABC):
     count_bos: bool = False
 
     name: ClassVar[str]
+    keep_name: ClassVar[str] = "beta"  # the field that says how much is kept
     needs_counts: ClassVar[bool] = False
     needs_halves: ClassVar[bool] = False
     needs_future: ClassVar[bool] = False
@@ -67,7 +68,7 @@ class Selector(ABC):
     @property
     def default_keep(self) -> float:
         """The fraction kept in layers without a budget of their own."""
-        return self.beta
+        return float(getattr(self, self.keep_name))
 
     @abstractmethod
     def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:

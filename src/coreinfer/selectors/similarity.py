@@ -32,14 +32,11 @@ class Similarity(Selector):
     gamma: float = 0.4
 
     name: ClassVar[str] = "similarity"
+    keep_name: ClassVar[str] = "gamma"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_ratio("gamma", self.gamma)
-
-    @property
-    def default_keep(self) -> float:
-        return self.gamma
 
     @property
     def counting_alpha(self) -> float | None:

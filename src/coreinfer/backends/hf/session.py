@@ -59,6 +59,10 @@ class HfBackend:
         return self.anatomy.name
 
     @property
+    def family(self) -> str:
+        return str(self.model.config.model_type)
+
+    @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 

@@ -1,0 +1,251 @@
+"""The Python surface: load a model, stream an answer, select, score, converse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+from coreinfer.backends.base import Backend
+from coreinfer.core.coreset import CoreSet
+from coreinfer.errors import UserError
+from coreinfer.recording import RecordingPlan
+from coreinfer.runtime.conversation import Conversation
+from coreinfer.runtime.generation import continue_from, generate, prefill, require_room
+from coreinfer.runtime.records import GenerationRecord, Piece
+from coreinfer.runtime.sampling import SamplingParams
+from coreinfer.runtime.scoring import Pair, Score, score
+from coreinfer.runtime.text import Message, encode_prompt, encode_raw
+from coreinfer.selectors import Dense, Selector, Stability
+from coreinfer.standins import StandIn
+
+BACKENDS = ("hf",)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt answered densely and sparsely, from the same prefill.
+
+    Attributes:
+        dense, sparse: the two records.
+        first_difference: index of the first generated token that differs; None where the answers
+            are the same.
+    """
+
+    dense: GenerationRecord
+    sparse: GenerationRecord
+
+    @property
+    def first_difference(self) -> int | None:
+        a, b = self.dense.token_ids, self.sparse.token_ids
+        differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+        return next(differing, None if len(a) == len(b) else min(len(a), len(b)))
+
+    @property
+    def speed_ratio(self) -> float | None:
+        """Decode speed, sparse / dense; None where an answer is too short to time."""
+        a, b = self.dense.decode_tokens_per_s, self.sparse.decode_tokens_per_s
+        return b / a if a and b else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The sparse record, with the dense one and the difference beside it."""
+        return {
+            **self.sparse.to_json(),
+            "dense": self.dense.to_json(),
+            "first_difference": self.first_difference,
+            "speed_ratio": self.speed_ratio,
+        }
+
+
+class LLM:
+    """A loaded model.
+
+    Every method takes a `selector` (by default the paper's rule, `Stability()`) and a `stand_in`
+    (by default none: the other neurons are dropped). Sampling options are the fields of
+    `SamplingParams`, given by keyword.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    @property
+    def name(self) -> str:
+        return self.backend.model_name
+
+    def stream(
+        self,
+        prompt: str,
+        selector: Selector | None = None,
+        stand_in: StandIn | None = None,
+        *,
+        raw: bool = False,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Answer one prompt piece by piece; the last piece carries the record.
+
+        Args:
+            prompt: the text; it goes through the model's chat template where it has one.
+            selector: the rule that chooses the core neurons.
+            stand_in: what takes the place of the dropped neurons.
+            raw: send the text as it is.
+            sampling: fields of `SamplingParams`.
+
+        Raises:
+            UserError: for an empty or too long prompt, or settings out of range.
+        """
+        params = SamplingParams(**sampling)
+        ids = encode_prompt(self.backend.tokenizer, prompt, raw=raw)
+        return generate(
+            self.backend, [ids], selector or Stability(), stand_in, params, texts=[prompt]
+        )
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        selector: Selector | None = None,
+        stand_in: StandIn | None = None,
+        *,
+        raw: bool = False,
+        batch_size: int = 8,
+        **sampling: Any,
+    ) -> list[GenerationRecord]:
+        """Answer prompts, `batch_size` at a time; each has its own core set."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        params = SamplingParams(**sampling)
+        records = []
+        for batch in in_batches(prompts, batch_size):
+            ids = [encode_prompt(self.backend.tokenizer, text, raw=raw) for text in batch]
+            pieces = generate(
+                self.backend, ids, selector or Stability(), stand_in, params, texts=batch
+            )
+            records += [piece.record for piece in pieces if piece.record is not None]
+        return records
+
+    def check_prompt(self, prompt: str, *, raw: bool = False) -> None:
+        """Raises UserError if a prompt is empty or leaves no room in the context."""
+        ids = encode_prompt(self.backend.tokenizer, prompt, raw=raw)
+        require_room(self.backend, len(ids))
+
+    def compare(
+        self,
+        prompt: str,
+        selector: Selector | None = None,
+        stand_in: StandIn | None = None,
+        *,
+        raw: bool = False,
+        on_piece: Callable[[str, Piece], None] = lambda _engine, _piece: None,
+        **sampling: Any,
+    ) -> Comparison:
+        """Answer one prompt densely, then sparsely, after one prefill of it.
+
+        Args:
+            prompt, selector, stand_in, raw, sampling: as for `stream`.
+            on_piece: told of each piece as it comes, with "dense" or "sparse".
+        """
+        params = SamplingParams(**sampling)
+        selector = selector or Stability()
+        self.backend.check(selector)
+        ids = encode_prompt(self.backend.tokenizer, prompt, raw=raw)
+        read = prefill(self.backend, [ids], RecordingPlan.of(selector, stand_in), [prompt])
+        dense = continue_from(self.backend, read.fork(), _dense_like(selector), None, params)
+        sparse = continue_from(self.backend, read, selector, stand_in, params)
+        records = []
+        for engine, pieces in (("dense", dense), ("sparse", sparse)):
+            for piece in pieces:
+                on_piece(engine, piece)
+                if piece.record is not None:
+                    records.append(piece.record)
+        return Comparison(*records)
+
+    def select(self, prompt: str, selector: Selector | None = None) -> CoreSet:
+        """The core set of a prompt, sent as it is (no chat template).
+
+        Raises:
+            UserError: if the prompt is empty or too long.
+        """
+        selector = selector or Stability()
+        self.backend.check(selector)
+        ids = encode_raw(self.backend.tokenizer, prompt)
+        read = prefill(self.backend, [ids], RecordingPlan.of(selector), [prompt])
+        return read.session.select(selector)[0].core_set
+
+    def score(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        selector: Selector | None = None,
+        stand_in: StandIn | None = None,
+        *,
+        batch_size: int = 8,
+    ) -> Iterator[Score]:
+        """Log-likelihoods of continuations after their contexts, decoded sparsely.
+
+        Args:
+            pairs: (context, continuation) texts, as they are (no chat template); streamed.
+            selector, stand_in: as for `stream`; the core set comes from the context alone.
+            batch_size: pairs computed together.
+
+        Raises:
+            UserError: for an empty context or continuation, or a pair that is too long.
+        """
+        for batch in in_batches(pairs, batch_size):
+            made = [Pair.of(self.backend, *pair) for pair in batch]
+            yield from score(self.backend, made, selector or Stability(), stand_in)
+
+    def conversation(self, messages: list[Message] | None = None) -> Conversation:
+        """A chat, with the history given or none."""
+        return Conversation(self.backend, messages)
+
+
+def load(
+    model: str,
+    *,
+    backend: str = "hf",
+    dtype: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    on_progress: Callable[[str], None] = lambda _line: None,
+) -> LLM:
+    """Load a model.
+
+    Args:
+        model: "smollm2-135m-instruct", a Hugging Face id, a folder with safetensors, or a .gguf
+            file. Weights are never unpickled and no code of a model is run.
+        backend: "hf".
+        dtype: "float32", "bfloat16" or "float16"; None for float32 on a CPU.
+        device: any that torch has; None for the CPU.
+        threads: CPU threads for this process; None leaves them as they are.
+        on_progress: told what is going on where it takes long.
+
+    Raises:
+        UserError: if the model is not found, damaged, or of an unknown architecture.
+    """
+    import torch
+
+    from coreinfer.backends.hf.session import HfBackend
+    from coreinfer.models.loading import load as load_weights
+
+    if backend not in BACKENDS:
+        raise UserError(f"there is no backend {backend!r} here; there is {', '.join(BACKENDS)}")
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    loaded = load_weights(model, dtype=dtype, device=device, on_progress=on_progress)
+    return LLM(HfBackend(loaded.model, loaded.tokenizer, loaded.name))
+
+
+def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Consecutive lists of `size` items, the last one shorter."""
+    if size < 1:
+        raise UserError(f"the batch size must be at least 1, got {size}")
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _dense_like(selector: Selector) -> Dense:
+    """Dense decoding that can follow a prefill recorded for `selector`."""
+    return Dense(count_bos=selector.count_bos)

@@ -1,0 +1,88 @@
+"""`--config FILE`: settings from a TOML file, as if they had been typed before the others."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from coreinfer.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Put the settings of the file that `--config` names right after the verb.
+
+    A key is the name of a long option, with - or _; lists stand for comma-separated values, a
+    table for `key=value` pairs. What is typed comes later and so wins. A setting of another verb
+    is left out, so that one file can serve them all.
+
+    Raises:
+        UserError: if the file is missing or no TOML, or a key is no option of any verb.
+    """
+    verbs = _verbs(parser)
+    path = _config_path(argv)
+    if path is None or not argv or argv[0] not in verbs:
+        return list(argv)
+    known = {option for verb in verbs.values() for option in verb._option_string_actions}
+    mine = verbs[argv[0]]._option_string_actions
+    settings: list[str] = []
+    for key, value in _read(path).items():
+        option = f"--{key.replace('_', '-')}"
+        if option not in known or option in ("--config", "--help"):
+            close = difflib.get_close_matches(option, sorted(known), n=1)
+            hint = f"; did you mean {close[0].removeprefix('--')!r}?" if close else ""
+            raise UserError(f"{path!r}: {key!r} is no setting{hint}")
+        if option in mine:
+            settings += _as_arguments(option, value, flag=mine[option].nargs == 0)
+    return [argv[0], *settings, *argv[1:]]
+
+
+def _verbs(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices
+    raise AssertionError("the parser has no verbs")
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    for position, argument in enumerate(argv):
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+        if argument == "--config" and position + 1 < len(argv):
+            return argv[position + 1]
+    return None
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123  # tomllib wants an open file
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise UserError(f"no settings file at {path!r}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path!r}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path!r} is not TOML: {error}") from None
+
+
+def _as_arguments(option: str, value: object, *, flag: bool) -> list[str]:
+    if flag:
+        if not isinstance(value, bool):
+            raise UserError(f"the setting {option[2:]!r} is true or false, got {value!r}")
+        return [option] if value else []
+    return [f"{option}={_as_text(value)}"]
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_as_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ",".join(_as_text(item) for item in value)
+    return str(value)

@@ -1,0 +1,163 @@
+"""`coreinfer info`: what is in a model, a store or a core set, and what this machine has."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from coreinfer.cli import options
+from coreinfer.cli.terminal import megabytes, table
+from coreinfer.cli.values import fractions
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "info",
+        help="what is in a model / store / core set, what this machine can do",
+        description="Describe a model (its family, layers and neurons, what is read to decode a "
+        "token, and the ceiling of the speed-up), a cluster store, or a core-set file. With no "
+        "argument: this machine and the models in the cache.",
+    )
+    parser.add_argument(
+        "target", nargs="?", metavar="TARGET", help="a model, a store folder or a core-set file"
+    )
+    parser.add_argument(
+        "--keep",
+        type=fractions,
+        default=(0.2, 0.4, 0.6, 0.8),
+        metavar="LIST",
+        help="keep ratios to give the ceiling for, above 0 to 1 each (default: 0.2,0.4,0.6,0.8)",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    options.add_model_options(parser)
+    parser.set_defaults(run=run, model=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    target = args.target or args.model
+    if target is None:
+        about = describe_machine()
+    elif (Path(target) / "clusters.json").is_file():
+        about = describe_store(target)
+    elif Path(target).is_file() and Path(target).suffix == ".safetensors":
+        about = describe_core_set(target)
+    else:
+        args.model = target
+        about = describe_model(args)
+    if args.json:
+        print(json.dumps(about))
+    else:
+        print(readable(about))
+    return 0
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, processor, and what is in the cache."""
+    import torch
+    import transformers
+
+    from coreinfer import __version__
+    from coreinfer.models.cache import cache_dir
+    from coreinfer.models.pull import cached_models
+
+    return {
+        "coreinfer": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+        "backends": ["hf"],
+        "kernels": "torch; the native backend is not part of this version",
+        "cache": str(cache_dir()),
+        "cached_models": cached_models(),
+    }
+
+
+def describe_store(path: str) -> dict[str, Any]:
+    from coreinfer.semantics.store import ClusterStore
+
+    return {"kind": "cluster store", **ClusterStore.load(path).describe()}
+
+
+def describe_core_set(path: str) -> dict[str, Any]:
+    from coreinfer.core.coreset import CoreSet
+
+    core_set = CoreSet.load(path)
+    return {
+        "kind": "core set",
+        "model": core_set.model,
+        "model_fingerprint": core_set.model_fingerprint,
+        "selector": dict(core_set.selector),
+        "num_layers": core_set.num_layers,
+        "num_neurons": list(core_set.num_neurons),
+        "kept": [core_set.kept(layer) for layer in range(core_set.num_layers)],
+        "density": core_set.density,
+    }
+
+
+def describe_model(args: argparse.Namespace) -> dict[str, Any]:
+    from coreinfer.errors import require_ratio
+
+    keeps = [require_ratio("keep", keep) for keep in args.keep]
+    backend = options.load_model(args).backend
+    cost = backend.cost
+    return {
+        "kind": "model",
+        "model": backend.model_name,
+        "model_fingerprint": backend.fingerprint,
+        "family": backend.family,
+        "backend": backend.name,
+        "dtype": backend.dtype,
+        "num_layers": len(cost.num_neurons),
+        "num_neurons": list(cost.num_neurons),
+        "context_length": backend.context_length,
+        "dense_bytes_per_token": cost.dense,
+        "mlp_bytes_per_token": cost.mlp,
+        "mlp_share": cost.mlp / cost.dense,
+        "ceilings": [
+            {
+                "keep": keep,
+                "bytes_per_token": round(cost.shared + keep * cost.mlp),
+                "speed_up_at_most": cost.ceiling(keep),
+            }
+            for keep in keeps
+        ],
+    }
+
+
+def readable(about: dict[str, Any]) -> str:
+    """The same for a person."""
+    ceilings = about.pop("ceilings", None)
+    lines = [f"{key.replace('_', ' ')}: {_short(key, value)}" for key, value in about.items()]
+    if ceilings is not None:
+        rows = [["keep", "read a token", "speed-up at most"]] + [
+            [
+                f"{row['keep']:g}",
+                megabytes(row["bytes_per_token"]),
+                f"{row['speed_up_at_most']:.2f}x",
+            ]
+            for row in ceilings
+        ]
+        lines += ["", table(rows), "every layer sparse, every byte read once, nothing else timed"]
+    return "\n".join(lines)
+
+
+def _short(key: str, value: Any) -> str:
+    if key.endswith("_bytes_per_token"):
+        return megabytes(value)
+    if key == "mlp_share":
+        return f"{value:.1%} of the bytes read per token"
+    if isinstance(value, list) and value and len(set(map(str, value))) == 1:
+        return str(value[0]) + (" in every layer" if len(value) > 1 else "")
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items() if v not in (None, [], {}))
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,62 @@
+"""`coreinfer VERB ...`: parsing, dispatch and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from coreinfer import __version__
+from coreinfer.cli import chat, cluster, generate, info, pull, score, select
+from coreinfer.cli.config import expand_config
+from coreinfer.cli.terminal import warn
+from coreinfer.errors import UserError
+
+VERBS = (generate, chat, select, cluster, score, info, pull)
+
+DESCRIPTION = """\
+Decode large language models with their core neurons: the few MLP neurons that matter
+for a prompt, found while the prompt is prefilled (arXiv 2410.18311).
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as one line, like every other mistake of the user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see '{self.prog} --help'")
+
+
+def build_parser() -> Parser:
+    parser = Parser("coreinfer", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"coreinfer {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in VERBS:
+        verb.add_parser(verbs)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0 done, 2 the user's mistake (one line on stderr), 130 after Ctrl-C. Anything else that
+        goes wrong is a bug: it raises, which Python turns into a traceback and exit code 1.
+    """
+    try:
+        parser = build_parser()
+        args = parser.parse_args(expand_config(parser, sys.argv[1:] if argv is None else argv))
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        warn(str(error))
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

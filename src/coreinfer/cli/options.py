@@ -1,0 +1,339 @@
+"""Options that several verbs share, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from coreinfer.cli.terminal import progress, warn
+from coreinfer.cli.values import layer_budgets, layer_list, number, whole
+from coreinfer.errors import UserError
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import; --help must not
+    from coreinfer.api import LLM
+    from coreinfer.selectors import Selector
+    from coreinfer.standins import StandIn
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+SELECTOR_NAMES = (
+    "dense", "stability", "similarity", "auto", "impact", "griffin", "static", "random", "oracle",
+)  # fmt: skip
+STAND_IN_NAMES = ("none", "mean", "linear")
+
+# Options of the selection, by the field they set: what is given but not used is pointed out.
+SELECTION = (
+    "alpha", "beta", "gamma", "dense_layers", "budgets", "count_bos", "clusters", "mode",
+    "prior_tokens", "min_stability", "min_similarity", "seed",
+)  # fmt: skip
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="M",
+        help="a known name, a Hugging Face id, a folder with safetensors, or a .gguf file "
+        "(default: %(default)s, pulled when it is first used)",
+    )
+    group.add_argument(
+        "--backend",
+        default="hf",
+        choices=("hf", "native"),
+        help="what runs the model: hf, transformers with its MLPs rerouted (default). native, the "
+        "CPU runtime for quantised weights, is not part of this version",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "int8", "int4"),
+        help="number format of the weights (default: float32 on a CPU); int8 and int4 need the "
+        "native backend",
+    )
+    group.add_argument(
+        "--device", metavar="DEV", help="torch device, such as cpu or cuda:0 (default: cpu)"
+    )
+    group.add_argument(
+        "--threads", type=whole, metavar="N", help="CPU threads, from 1 (default: torch's choice)"
+    )
+    add_config_option(group)
+
+
+def add_config_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file with any of these options as key = value; what is typed wins",
+    )
+
+
+def add_selection_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which neurons are kept")
+    group.add_argument(
+        "--selector",
+        default="stability",
+        choices=SELECTOR_NAMES,
+        help="the rule. stability: the prompt's most counted neurons (the paper's rule, the "
+        "default); similarity: those of the nearest cluster of a corpus; auto: a blend of both; "
+        "impact: largest contribution |h| * |W_down column|; griffin: normalised |h|; controls: "
+        "static (one set for all), random, oracle (from the answer itself); dense: all neurons",
+    )
+    group.add_argument(
+        "--alpha",
+        type=number,
+        metavar="A",
+        help="fraction of a token's positive activations that count, above 0 to 1 (default: 0.4; "
+        "similarity and auto use their store's)",
+    )
+    group.add_argument(
+        "--beta",
+        type=number,
+        metavar="B",
+        help="fraction of the neurons of each sparse layer to keep, above 0 to 1 (default: 0.4)",
+    )
+    group.add_argument(
+        "--gamma",
+        type=number,
+        metavar="G",
+        help="the same for --selector similarity, above 0 to 1 (default: 0.4)",
+    )
+    group.add_argument(
+        "--dense-layers",
+        type=layer_list,
+        metavar="LIST",
+        help="layers that keep all their neurons, from 0, as in 0-2,28,29 (default: none)",
+    )
+    group.add_argument(
+        "--budgets",
+        type=layer_budgets,
+        metavar="LIST",
+        help="fraction to keep of single layers, as in 0-5=0.8,6=0.3 (default: none)",
+    )
+    group.add_argument(
+        "--clusters",
+        metavar="STORE",
+        help="cluster store, made by 'coreinfer cluster'; needed by similarity, auto and static",
+    )
+    group.add_argument(
+        "--count-bos",
+        action="store_true",
+        default=None,
+        help="let the beginning-of-sequence token count (default: it does not, unless alone)",
+    )
+    group.add_argument(
+        "--mode", choices=("blend", "choice"), help="how auto combines (default: blend)"
+    )
+    group.add_argument(
+        "--prior-tokens",
+        type=whole,
+        metavar="N",
+        help="auto: tokens of prompt that outweigh the cluster, from 1 (default: 64)",
+    )
+    group.add_argument(
+        "--min-stability",
+        type=number,
+        metavar="S",
+        help="auto, mode choice: stability from which the prompt is trusted, 0 to 1 (default: 0.4)",
+    )
+    group.add_argument(
+        "--min-similarity",
+        type=number,
+        metavar="S",
+        help="auto: cosine below which no cluster is near, -1 to 1 (default: the encoder's own)",
+    )
+    group.add_argument(
+        "--core-set",
+        metavar="FILE",
+        help="decode with this core set, made by 'coreinfer select', instead of a rule",
+    )
+    group.add_argument(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="seed of the random selector and of sampling, from 0 (default: 0)",
+    )
+
+
+def add_stand_in_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what takes the place of the dropped neurons")
+    group.add_argument(
+        "--stand-in",
+        default="none",
+        choices=STAND_IN_NAMES,
+        help="none: they are dropped (default); mean: their mean over the prompt; linear: a "
+        "low-rank linear map of the MLP's input, fitted on the prompt",
+    )
+    group.add_argument(
+        "--rank", type=whole, metavar="R", help="rank of the linear map, from 1 (default: 32)"
+    )
+    group.add_argument(
+        "--ridge",
+        type=number,
+        metavar="C",
+        help="its penalty, relative to the size of the inputs, above 0 (default: 0.3)",
+    )
+
+
+def add_prompt_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
+    group = parser.add_argument_group("prompt (one of these)").add_mutually_exclusive_group(
+        required=True
+    )
+    group.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    group.add_argument(
+        "--prompt-file", metavar="FILE", help="a file that is one prompt, byte for byte"
+    )
+    if many:
+        group.add_argument(
+            "--prompts", metavar="FILE", help='JSONL file of prompts, {"prompt": ...} a line'
+        )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answer")
+    group.add_argument(
+        "--max-new-tokens",
+        type=whole,
+        default=128,
+        metavar="N",
+        help="tokens to generate at most, from 1 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=number,
+        default=0.0,
+        metavar="T",
+        help="0 is greedy (default); above 0 samples",
+    )
+    group.add_argument(
+        "--top-k",
+        type=whole,
+        default=0,
+        metavar="K",
+        help="sample among the K likeliest tokens; 0 is all (default)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=number,
+        default=1.0,
+        metavar="P",
+        help="sample among the likeliest tokens that hold P of the probability, above 0 to 1 "
+        "(default: 1)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text; may be given several times",
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
+    )
+
+
+def load_model(args: argparse.Namespace) -> LLM:
+    """The model that the options name."""
+    from coreinfer.api import load
+
+    quiet_libraries()
+    return load(
+        args.model,
+        backend=args.backend,
+        dtype=args.dtype,
+        device=args.device,
+        threads=args.threads,
+        on_progress=progress,
+    )
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of the libraries out of our output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def selector_from(args: argparse.Namespace) -> Selector:
+    """The selector that the options describe.
+
+    Raises:
+        UserError: if a value is out of range, or a store or core set is missing or damaged.
+    """
+    from coreinfer.core.coreset import CoreSet
+    from coreinfer.selectors import SELECTORS, Fixed
+    from coreinfer.semantics.store import ClusterStore
+
+    given = {name: value for name in SELECTION if (value := getattr(args, name)) is not None}
+    if args.core_set is not None:
+        _point_out(given.keys() - {"seed"}, "--core-set")
+        return Fixed(core_set=CoreSet.load(args.core_set))
+    rule = SELECTORS[args.selector]
+    takes: dict[str, Any] = {field.name: field for field in fields(rule)}
+    if rule.keep_name != "beta":
+        del takes["beta"]  # a rule with a name of its own for the fraction it keeps
+    if "clusters" in takes:
+        if "clusters" not in given:
+            raise UserError(
+                f"--selector {args.selector} needs --clusters STORE, made by 'coreinfer cluster'"
+            )
+        given["clusters"] = ClusterStore.load(given["clusters"])
+    _point_out(given.keys() - takes.keys() - {"seed"}, f"--selector {args.selector}")
+    return rule(**{name: value for name, value in given.items() if name in takes})
+
+
+def stand_in_from(args: argparse.Namespace) -> StandIn | None:
+    """The stand-in that the options describe; None drops.
+
+    Raises:
+        UserError: if a value is out of range.
+    """
+    from coreinfer.standins import STAND_INS
+
+    given = {name: v for name in ("rank", "ridge") if (v := getattr(args, name)) is not None}
+    if args.stand_in == "none":
+        _point_out(set(given), "--stand-in none")
+        return None
+    made = STAND_INS[args.stand_in]
+    takes = {field.name for field in fields(made)}
+    _point_out(given.keys() - takes, f"--stand-in {args.stand_in}")
+    return made(**{name: value for name, value in given.items() if name in takes})
+
+
+def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options, as fields of `SamplingParams`."""
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "stop": tuple(args.stop),
+        "ignore_eos": args.ignore_eos,
+    }
+
+
+def prompt_from(args: argparse.Namespace) -> str:
+    """The text of --prompt or --prompt-file.
+
+    Raises:
+        UserError: if the file is missing or not UTF-8.
+    """
+    from coreinfer.jsonl import open_to_read
+
+    if args.prompt is not None:
+        return str(args.prompt)
+    with open_to_read(args.prompt_file) as file:
+        raw = file.read()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{args.prompt_file!r} is not UTF-8 (byte {error.start}); convert it to UTF-8"
+        ) from None
+
+
+def _point_out(unused: set[str], why: str) -> None:
+    for name in sorted(unused):
+        warn(f"note: --{name.replace('_', '-')} has no effect with {why}")

@@ -1,0 +1,43 @@
+"""What is written to the terminal beside the answer itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print("coreinfer:", " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def note(message: str) -> None:
+    """A line on stderr that is no warning, such as what an answer cost."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def progress(message: str) -> None:
+    """What is going on, on stderr, where a person watches."""
+    if sys.stderr.isatty():
+        print(message, file=sys.stderr, flush=True)
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in columns; the first row is the head. Numbers stand on the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i and _is_number(cell) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell[:1] in "-+."
