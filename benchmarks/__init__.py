@@ -1,0 +1,1 @@
+"""Commands that reproduce what is in `benchmarks/results`."""

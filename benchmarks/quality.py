@@ -1,0 +1,122 @@
+"""Quality of every selector and stand-in at several keep ratios, as one table.
+
+    python -m benchmarks.quality --model smollm2-135m-instruct --text wikitext2_raw_test.txt \\
+        --clusters STORE --dense-layers 0-2,28-29 --out benchmarks/results/quality-smollm2
+
+Writes OUT.json (every number, a window each) and OUT.md (the table), after each batch, so a run
+that is cut short leaves what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import markdown, provenance, write_json, write_text
+from coreinfer.api import load
+from coreinfer.cli.values import fractions, layer_list
+from coreinfer.evaluation.continuations import Quality, Setting, measure, windows
+from coreinfer.selectors import SELECTORS, Selector
+from coreinfer.semantics.store import ClusterStore
+from coreinfer.standins import STAND_INS, StandIn
+
+RULES = ("stability", "similarity", "auto", "impact", "griffin")
+CONTROLS = ("static", "random", "oracle")
+
+
+def settings(
+    keeps: tuple[float, ...], dense_layers: tuple[int, ...], store: ClusterStore | None
+) -> dict[str, Setting]:
+    """Every rule and control with every stand-in at every keep ratio; named "rule/stand-in/keep"."""
+    made: dict[str, Setting] = {}
+    stand_ins: dict[str, StandIn | None] = {"none": None} | {n: s() for n, s in STAND_INS.items()}
+    for name in RULES + CONTROLS:
+        rule = SELECTORS[name]
+        if store is None and "clusters" in rule.__dataclass_fields__:
+            continue
+        for keep in keeps:
+            options: dict[str, Any] = {rule.keep_name: keep, "dense_layers": dense_layers}
+            if "clusters" in rule.__dataclass_fields__:
+                options["clusters"] = store
+            selector: Selector = rule(**options)
+            for stand_in, instance in stand_ins.items():
+                made[f"{name}/{stand_in}/{keep:g}"] = Setting(selector, instance)
+    return made
+
+
+def table(results: dict[str, Quality]) -> str:
+    """One row a setting; KL and agreement with the standard error over the windows."""
+    dense = results["dense"].summary()
+    rows = [
+        ["rule", "stand-in", "keep", "density", "bytes/dense", "perplexity", "KL to dense", "top-1"]
+    ]
+    for name, quality in results.items():
+        rule, stand_in, keep = name.split("/") if name != "dense" else ("dense", "", "")
+        s = quality.summary()
+        rows.append(
+            [
+                rule,
+                stand_in,
+                keep,
+                f"{s['density']:.3f}",
+                f"{s['bytes_per_token'] / dense['bytes_per_token']:.3f}",
+                f"{s['perplexity']:.1f}",
+                f"{s['kl']:.3f} ± {s['kl_se']:.3f}",
+                f"{s['agreement']:.3f} ± {s['agreement_se']:.3f}",
+            ]
+        )
+    return markdown(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", type=Path, required=True, help="a plain text file")
+    parser.add_argument(
+        "--clusters", help="cluster store; rules that need one are left out without"
+    )
+    parser.add_argument("--keeps", type=fractions, default=(0.2, 0.4, 0.6, 0.8))
+    parser.add_argument("--dense-layers", type=layer_list, default=())
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--prompt-tokens", type=int, default=200)
+    parser.add_argument("--continuation-tokens", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
+    args = parser.parse_args()
+
+    backend = load(args.model, threads=args.threads, on_progress=print).backend
+    texts = windows(
+        backend,
+        args.text.read_text(encoding="utf-8"),
+        count=args.windows,
+        prompt_tokens=args.prompt_tokens,
+        continuation_tokens=args.continuation_tokens,
+    )
+    store = None if args.clusters is None else ClusterStore.load(args.clusters)
+    chosen = settings(args.keeps, args.dense_layers, store)
+    about = provenance("benchmarks.quality")
+    title = (
+        f"# {backend.model_name} on {args.text.name}\n\n"
+        f"{args.windows} windows of {args.prompt_tokens} + {args.continuation_tokens} tokens, dense "
+        f"layers {list(args.dense_layers)}, {backend.dtype}. The first token of a continuation comes "
+        "from the dense prefill and is not measured. ± is the standard error over the windows; "
+        "bytes count the stand-in.\n\n"
+        f"`{about['command']}`\n\n"
+    )
+    for results in measure(backend, texts, chosen, batch_size=args.batch_size):
+        done = len(results["dense"].nll)
+        print(f"{done} of {len(texts)} windows", flush=True)
+        rows = {
+            name: {**q.summary(), "kl_per_window": q.kl, "nll_per_window": q.nll}
+            for name, q in results.items()
+        }
+        write_json(args.out.with_suffix(".json"), {"about": about, "windows": done, "rows": rows})
+        write_text(args.out.with_suffix(".md"), title + table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measuring quality with the code that decodes."""
