@@ -28,7 +28,7 @@ CONTROLS = ("static", "random", "oracle")
 def settings(
     keeps: tuple[float, ...], dense_layers: tuple[int, ...], store: ClusterStore | None
 ) -> dict[str, Setting]:
-    """Every rule and control with every stand-in at every keep ratio; named "rule/stand-in/keep"."""
+    """Every rule and control, stand-in and keep ratio; named "rule/stand-in/keep"."""
     made: dict[str, Setting] = {}
     stand_ins: dict[str, StandIn | None] = {"none": None} | {n: s() for n, s in STAND_INS.items()}
     for name in RULES + CONTROLS:
@@ -101,10 +101,10 @@ def main() -> None:
     about = provenance("benchmarks.quality")
     title = (
         f"# {backend.model_name} on {args.text.name}\n\n"
-        f"{args.windows} windows of {args.prompt_tokens} + {args.continuation_tokens} tokens, dense "
-        f"layers {list(args.dense_layers)}, {backend.dtype}. The first token of a continuation comes "
-        "from the dense prefill and is not measured. ± is the standard error over the windows; "
-        "bytes count the stand-in.\n\n"
+        f"{args.windows} windows of {args.prompt_tokens} + {args.continuation_tokens} tokens, "
+        f"dense layers {list(args.dense_layers)}, {backend.dtype}. The first token of a "
+        "continuation comes from the dense prefill and is not measured. ± is the standard error "
+        "over the windows; bytes count the stand-in.\n\n"
         f"`{about['command']}`\n\n"
     )
     for results in measure(backend, texts, chosen, batch_size=args.batch_size):
