@@ -19,7 +19,21 @@ def require_ratio(name: str, value: object, *, zero_ok: bool = False) -> float:
     low = "0 to 1" if zero_ok else "above 0 and at most 1"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{name} must be a number {low}, got {value!r}")
-    # A NaN fails both comparisons, so it is refused here too.
-    if not ((0.0 <= value if zero_ok else 0.0 < value) and value <= 1.0):
+    # A NaN fails every comparison, so it is refused here too.
+    if not (0 < value <= 1 or (zero_ok and value == 0)):
         raise UserError(f"{name} must be {low}, got {value}")
     return float(value)
+
+
+def require_whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Return `value` as an int of at least `low`, and at most `high` where that is given.
+
+    Raises:
+        UserError: if it is not a whole number or lies outside the range.
+    """
+    wanted = f"at least {low}" if high is None else f"{low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{name} must be a whole number, {wanted}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise UserError(f"{name} must be {wanted}, got {value}")
+    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -39,9 +38,7 @@ def replace_when_done(path: str | Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         partial = folder / path.name
         yield partial
-        if path.is_dir() and partial.is_dir():
-            path.rename(folder / "replaced")
-        os.replace(partial, path)
+        _replace(partial, path, folder / "replaced")
     except OSError as error:
         raise UserError(describe_os_error(error, path)) from error
     except SafetensorError as error:  # safetensors wraps the operating system's own error
@@ -49,3 +46,15 @@ def replace_when_done(path: str | Path) -> Iterator[Path]:
     finally:
         if partial is not None:
             shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def _replace(new: Path, path: Path, aside: Path) -> None:
+    """Rename `new` over `path`; a folder that is there is moved aside first, or stays."""
+    if path.is_dir() and new.is_dir():
+        path.rename(aside)
+    try:
+        new.replace(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coreinfer.core.statistics import LayerStatistics, PromptStatistics
+from coreinfer.errors import UserError
 from coreinfer.selectors.base import Selector
 from coreinfer.standins.base import StandIn
 from coreinfer.standins.sample import LayerSample
@@ -102,11 +103,22 @@ class PromptRecorder:
             self._parts[0].layers[layer].update(x, h, alpha)
 
     def statistics(self) -> list[LayerStatistics]:
-        """Of the whole prompt, as selection counts it."""
+        """Of the whole prompt, as selection counts it.
+
+        Raises:
+            UserError: if an activation is not finite, for then no ranking means anything.
+        """
         total = self._parts[0]
         for part in self._parts[1:]:
             total = total + part
-        return total.counted()
+        counted = total.counted()
+        for layer, stats in enumerate(counted):
+            if not stats.is_finite:
+                raise UserError(
+                    f"layer {layer} has activations that are not finite; "
+                    "the weights are damaged, or the dtype is too narrow for this model"
+                )
+        return counted
 
     def halves(self) -> tuple[list[LayerStatistics], list[LayerStatistics]] | None:
         """Of the two halves, if they were recorded."""
@@ -115,7 +127,7 @@ class PromptRecorder:
         return self._parts[0].layers, self._parts[1].layers
 
     def sample(self, layer: int) -> LayerSample:
-        """The tokens to fit a stand-in on: all but the first, or the first if it is the only one."""
+        """The tokens to fit a stand-in on: all but the first; the first if there is no other."""
         sample = self._samples[layer]
         return sample if sample.tokens else self._first[layer]
 

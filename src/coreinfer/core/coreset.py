@@ -17,9 +17,10 @@ from coreinfer.errors import UserError
 from coreinfer.files import replace_when_done
 
 FORMAT = "coreinfer.coreset/1"
+_MOST_LAYERS = 100_000  # so that a damaged number cannot ask for all memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CoreSet:
     """The neurons that decoding keeps, layer by layer.
 
@@ -38,6 +39,8 @@ class CoreSet:
     selector: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.num_neurons or min(self.num_neurons) < 1:
+            raise UserError(f"every layer must have a neuron, got {list(self.num_neurons)}")
         for layer, index in self.layers.items():
             _check_layer(layer, index, self.num_neurons)
 
@@ -78,7 +81,8 @@ class CoreSet:
             "num_neurons": json.dumps(sizes),
             "selector": json.dumps(dict(self.selector)),
         }
-        tensors = {f"layers.{layer}": index for layer, index in self.layers.items()}
+        # Clones, because safetensors refuses tensors that share their memory.
+        tensors = {f"layers.{layer}": index.cpu().clone() for layer, index in self.layers.items()}
         with replace_when_done(path) as partial:
             save_file(tensors, partial, metadata=metadata)
 
@@ -103,20 +107,32 @@ class CoreSet:
                 f"{str(path)!r} has format {metadata.get('format')!r}, expected {FORMAT!r}"
             )
         try:
-            count = int(metadata["num_layers"])
-            sizes = json.loads(metadata["num_neurons"])
-            num_neurons = (sizes,) * count if isinstance(sizes, int) else tuple(map(int, sizes))
+            num_neurons = _layer_sizes(metadata["num_layers"], metadata["num_neurons"])
             selector = json.loads(metadata["selector"])
             model, fingerprint = metadata["model"], metadata["model_fingerprint"]
             layers = {int(name.removeprefix("layers.")): t for name, t in tensors.items()}
-            if len(num_neurons) != count or not isinstance(selector, dict):
-                raise ValueError("num_layers, num_neurons and selector do not fit together")
-        except (KeyError, ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
+            if {f"layers.{layer}" for layer in layers} != tensors.keys():
+                raise ValueError(f"tensors are named {sorted(tensors)}, not layers.0, layers.1, ..")
+            if not isinstance(selector, dict):
+                raise ValueError(f"selector is no JSON object: {selector!r}")
+        except (KeyError, ValueError, RecursionError) as error:
             raise UserError(f"{str(path)!r} has damaged metadata: {error!r}") from None
         try:
             return cls(layers, num_neurons, model, fingerprint, selector)
         except UserError as error:
             raise UserError(f"{str(path)!r}: {error}") from None
+
+
+def _layer_sizes(num_layers: str, num_neurons: str) -> tuple[int, ...]:
+    """D of every layer, from the metadata; raises ValueError where that is damaged."""
+    count, sizes = int(num_layers), json.loads(num_neurons)
+    if not 0 < count <= _MOST_LAYERS:
+        raise ValueError(f"num_layers is {count}")
+    if not isinstance(sizes, list):
+        sizes = [sizes] * count
+    if len(sizes) != count or any(type(size) is not int for size in sizes):
+        raise ValueError(f"num_neurons is {num_neurons[:80]}, for {count} layers")
+    return tuple(sizes)
 
 
 def _check_layer(layer: int, index: Tensor, num_neurons: tuple[int, ...]) -> None:

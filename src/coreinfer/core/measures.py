@@ -63,9 +63,7 @@ class ReadCost:
 
     def sparse(self, core_set: CoreSet, stand_in: int = 0) -> int:
         """Bytes with the neurons of `core_set` alone, plus `stand_in` bytes of its stand-in."""
-        kept = sum(
-            size * core_set.kept(layer) for layer, size in enumerate(self.per_neuron)
-        )
+        kept = sum(size * core_set.kept(layer) for layer, size in enumerate(self.per_neuron))
         return self.shared + kept + stand_in
 
     def ceiling(self, keep: float) -> float:

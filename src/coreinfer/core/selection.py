@@ -13,6 +13,8 @@ from coreinfer.errors import UserError, require_ratio
 def neuron_budget(keep: float, num_neurons: int) -> int:
     """K = round(keep * D), the number of core neurons of a layer with D neurons.
 
+    Python's round: a product that ends in exactly one half goes to the even neighbour.
+
     Raises:
         UserError: if keep is not in (0, 1] or is so small that K would be 0.
     """

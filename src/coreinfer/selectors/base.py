@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from coreinfer.core.selection import neuron_budget, top_neurons
 from coreinfer.core.statistics import LayerStatistics
-from coreinfer.errors import UserError, require_ratio
+from coreinfer.errors import UserError, require_ratio, require_whole
 from coreinfer.selectors.evidence import Evidence
 
 
@@ -41,7 +42,7 @@ class Selector(ABC):
             counts only when the prompt is nothing else).
 
     Raises:
-        UserError: if a fraction is out of range.
+        UserError: if a fraction is out of range, or a layer or a flag is none.
     """
 
     beta: float = 0.4
@@ -54,11 +55,13 @@ class Selector(ABC):
     needs_counts: ClassVar[bool] = False
     needs_halves: ClassVar[bool] = False
     needs_future: ClassVar[bool] = False
+    needs_column_norms: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_ratio("beta", self.beta)
-        for layer, keep in self.budgets.items():
-            require_ratio(f"the budget of layer {layer}", keep)
+        _check_dense_layers(self.dense_layers)
+        _check_budgets(self.budgets)
+        _check_flag("count_bos", self.count_bos)
 
     @property
     def counting_alpha(self) -> float | None:
@@ -72,7 +75,13 @@ class Selector(ABC):
 
     @abstractmethod
     def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
-        """Scores of the neurons of a layer, [D] each, most significant first."""
+        """Scores of the neurons of a layer, [D] each, most significant first.
+
+        Args:
+            statistics: of the layer, from `source`.
+            column_norms: |W_down[:, n]|_2, [D]; empty unless the rule says `needs_column_norms`,
+                for they take a pass over the weights.
+        """
 
     def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
         """The statistics to rank by, and notes. The prompt's own unless a rule says otherwise."""
@@ -103,7 +112,8 @@ class Selector(ABC):
                 continue
             keep = self.budgets.get(layer, self.default_keep)
             budget = neuron_budget(keep, stats.num_neurons)
-            layers[layer] = top_neurons(self.keys(stats, evidence.column_norms(layer)), budget)
+            norms = evidence.column_norms(layer) if self.needs_column_norms else torch.empty(0)
+            layers[layer] = top_neurons(self.keys(stats, norms), budget)
         return Selection(layers, notes)
 
     def describe(self) -> dict[str, Any]:
@@ -112,10 +122,30 @@ class Selector(ABC):
         return {"name": self.name} | {key: _plain(value) for key, value in values.items()}
 
 
+def _check_dense_layers(layers: object) -> None:
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise UserError(f"dense_layers must be a tuple of layer indices, got {layers!r}")
+    for layer in layers:
+        require_whole("a dense layer", layer, 0)
+
+
+def _check_budgets(budgets: object) -> None:
+    if not isinstance(budgets, Mapping):
+        raise UserError(f"budgets must map layer indices to fractions, got {budgets!r}")
+    for layer, keep in budgets.items():
+        require_whole("a layer with a budget", layer, 0)
+        require_ratio(f"the budget of layer {layer}", keep)
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be True or False, got {value!r}")
+
+
 def _plain(value: Any) -> Any:
     describe = getattr(value, "describe", None)
     if describe is not None:
         return describe()
     if isinstance(value, Mapping):
         return {str(k): v for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, (tuple, range)) else value

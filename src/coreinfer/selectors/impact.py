@@ -22,6 +22,7 @@ class Impact(Selector):
     """
 
     name: ClassVar[str] = "impact"
+    needs_column_norms: ClassVar[bool] = True
 
     def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
         return by_impact(statistics, column_norms)

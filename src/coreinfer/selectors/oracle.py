@@ -24,6 +24,7 @@ class Oracle(Selector):
     """
 
     name: ClassVar[str] = "oracle"
+    needs_column_norms: ClassVar[bool] = True
     needs_future: ClassVar[bool] = True
 
     def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:

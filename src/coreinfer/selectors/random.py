@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coreinfer.core.statistics import LayerStatistics
+from coreinfer.errors import require_whole
 from coreinfer.selectors.base import Selector
 from coreinfer.selectors.evidence import Evidence
 
@@ -19,12 +20,16 @@ class Random(Selector):
     """Keeps neurons drawn at random, the same for every prompt.
 
     Args:
-        seed: of the draw; layers differ, prompts do not.
+        seed: of the draw, 0 to 2^64 - 1; layers differ, prompts do not.
     """
 
     seed: int = 0
 
     name: ClassVar[str] = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("seed", self.seed, 0, 2**64 - 1)
 
     def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
         # The draw takes the place of a statistic: one generator runs through the layers in order.

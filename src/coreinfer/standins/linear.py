@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coreinfer.errors import UserError
+from coreinfer.errors import UserError, require_whole
 from coreinfer.standins.base import StandIn, StandInTerms
-from coreinfer.standins.sample import LayerSample
+from coreinfer.standins.sample import LayerSample, Spectrum
+
+_ROUNDING = 1e-28  # (float64 epsilon)^2, with room for the rounding of a mean over tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,46 +37,52 @@ class Linear(StandIn):
 
     rank: int = 32
     ridge: float = 0.3
-    sample_tokens: int = 256  # type: ignore[assignment]  # a field where the base has a property
+    sample_tokens: int = 256
 
     name: ClassVar[str] = "linear"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise UserError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if not (isinstance(self.ridge, (int, float)) and 0 < self.ridge < math.inf):
-            raise UserError(f"ridge must be a number above 0, got {self.ridge!r}")
-        if self.sample_tokens < 2:
-            raise UserError(f"sample_tokens must be at least 2, got {self.sample_tokens}")
+        require_whole("rank", self.rank, 1)
+        _check_ridge(self.ridge)
+        require_whole("sample_tokens", self.sample_tokens, 2)
 
     def fit(self, sample: LayerSample, down: Tensor, dropped: Tensor) -> StandInTerms:
-        assert sample.x is not None and sample.h is not None
-        x = sample.x.float()  # [S, d]
-        r = sample.h[:, dropped].float() @ down[:, dropped].float().t()  # [S, d]
-        x_mean, r_mean = x.mean(dim=0), r.mean(dim=0)
-        x, r = x - x_mean, r - r_mean
-        left, right = _reduced_rank_ridge(x, r, self.ridge, self.rank)
-        offset = r_mean - left @ (right @ x_mean)
+        if sample.h is None:
+            raise ValueError("no token was sampled")
+        spectrum = sample.spectrum()
+        r = (sample.h[:, dropped].float() @ down[:, dropped].float().t()).double()  # [S, d]
+        r_mean = r.mean(dim=0)
+        left, right = _reduced_rank_ridge(spectrum, r - r_mean, self.ridge, self.rank)
+        offset = r_mean - left @ (right @ spectrum.mean)
         return StandInTerms(*(part.to(down.dtype).contiguous() for part in (offset, left, right)))
 
 
-def _reduced_rank_ridge(x: Tensor, r: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors left [d_r, k] and right [k, d_x] of M; x [S, d_x] and r [S, d_r] are centred."""
-    gram = (x @ x.t()).double()  # [S, S]
-    penalty = ridge * gram.diagonal().mean()
-    rank = min(rank, x.shape[0], x.shape[1], r.shape[1])
-    if not penalty > 0:  # one token, or tokens that do not differ
-        return r.new_zeros(r.shape[1], rank), x.new_zeros(rank, x.shape[1])
-    values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp(min=0)
-    projected = vectors.t() @ r.double()  # U^T R, [S, d_r]
-    shrunk = (values / (values + penalty)).sqrt().unsqueeze(1) * projected
+def _check_ridge(ridge: float) -> None:
+    number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
+    if not number or not 0 < ridge < math.inf:
+        raise UserError(f"ridge must be a finite number above 0, got {ridge!r}")
+
+
+def _reduced_rank_ridge(x: Spectrum, r: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors left [d_r, k] and right [k, d_x] of M, k = min(rank, S, d_x, d_r).
+
+    Args:
+        x: of the inputs [S, d_x]; r: the centred targets, [S, d_r] float64.
+    """
+    tokens, width = x.centred.shape
+    rank = min(rank, tokens, width, r.shape[1])
+    energy = x.values.sum()  # the trace of the Gram matrix: sum_t |x_t - x_mean|^2
+    # One token, or tokens that do not differ but for the rounding of their mean.
+    if not energy > _ROUNDING * tokens * x.mean.square().sum():
+        return r.new_zeros(r.shape[1], rank), r.new_zeros(rank, width)
+    penalty = ridge * energy / tokens
+    projected = x.vectors.t() @ r  # U^T R, [S, d_r]
+    shrunk = (x.values / (x.values + penalty)).sqrt().unsqueeze(1) * projected
     # Right singular vectors of `shrunk` by the eigenvectors of the S x S side.
-    energy, basis = torch.linalg.eigh(shrunk @ shrunk.t())
-    energy, basis = energy[-rank:], basis[:, -rank:]
+    squares, basis = torch.linalg.eigh(shrunk @ shrunk.t())
+    squares, basis = squares[-rank:], basis[:, -rank:]
     # Directions without energy are left out: dividing by their rounding noise would amplify it.
-    scale = torch.where(energy > 1e-12 * energy.max(), energy.clamp(min=1e-300).rsqrt(), 0.0)
+    scale = torch.where(squares > 1e-12 * squares.max(), squares.clamp(min=1e-300).rsqrt(), 0.0)
     left = (shrunk.t() @ basis) * scale  # [d_r, k], orthonormal columns (or zero)
-    dual = (projected @ left) / (values + penalty).unsqueeze(1)  # [S, k]
-    right = (vectors @ dual).t().float() @ x  # [k, d_x]
-    return left.float(), right
+    dual = (projected @ left) / (x.values + penalty).unsqueeze(1)  # [S, k]
+    return left, (x.vectors @ dual).t() @ x.centred  # right: [k, d_x]
