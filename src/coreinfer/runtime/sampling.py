@@ -52,6 +52,8 @@ class SamplingParams:
             raise UserError(f"top_k must be 0 (all) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"the seed must be 0 or more, got {self.seed}")
         if "" in self.stop:
             raise UserError("a stop text must not be empty")
 
