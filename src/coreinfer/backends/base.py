@@ -49,8 +49,15 @@ class Session(Protocol):
     ) -> Tensor:
         """Read tokens densely and record their statistics; may be called again for more.
 
+        The next turn of a conversation goes on where the last one ended, after `decode` too. What
+        was decoded stays in the KV cache as the core neurons computed it and is never counted, so
+        the next `select` sees the sum over what was prefilled, all turns alike.
+
         Returns:
             Logits that follow each sequence's last token, [B, V].
+
+        Raises:
+            UserError: if a sequence gets no token.
         """
         ...
 
@@ -66,12 +73,12 @@ class Session(Protocol):
         """Append tokens, none or more a sequence; logits after each, [B, T, V].
 
         Shorter sequences are padded on the right; logits there mean nothing, and no further
-        `decode` may follow for them.
+        `decode` may follow for them. Before `select`, all neurons are used.
         """
         ...
 
     def fork(self) -> Session:
-        """A copy that decodes on its own; this one stays where it is."""
+        """A copy that goes on by its own, at no cost in memory; this one stays where it is."""
         ...
 
     def evidence(self) -> list[Evidence]:
@@ -90,6 +97,7 @@ class Backend(Protocol):
     def family(self) -> str:
         """The architecture, as `config.model_type` spells it."""
         ...
+
     @property
     def dtype(self) -> str: ...
     @property

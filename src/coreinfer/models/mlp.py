@@ -14,6 +14,10 @@ from coreinfer.core.measures import ReadCost
 from coreinfer.errors import UserError
 from coreinfer.models.families import family_of
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Where torch and transformers' own models define their linears.
+_OWN = ("torch.nn.modules.linear", "transformers.pytorch_utils", "transformers.models.")
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -71,23 +75,40 @@ def mlp_layers(model: PreTrainedModel) -> tuple[MlpLayer, ...]:
     """The MLP layers of a causal language model.
 
     Raises:
-        UserError: if the architecture is unknown or its linears are wrapped or quantised, so that
-            computing with some of their rows alone would not mean the same.
+        UserError: if the architecture is unknown, the model is compiled, or its linears are
+            wrapped, quantised or offloaded, so that computing with some of their rows alone would
+            not mean the same.
     """
     family = family_of(model.config.model_type)
+    if any(_is_compiled(module) for module in model.modules()):
+        raise UserError(
+            "the model is compiled with torch.compile, which would not notice that its linears "
+            "change; use the model it was made from"
+        )
 
     def linear(layer: nn.Module, path: str) -> Linear:
         module = layer.get_submodule(path)
         weight = getattr(module, "weight", None)
-        plain = isinstance(module, (nn.Linear, Conv1D)) and isinstance(weight, Tensor)
-        if not plain or not weight.is_floating_point():
+        # Subclasses made elsewhere, of the module or of the weight, are how quantisers and
+        # adapters hide what the numbers mean.
+        plain = isinstance(module, (nn.Linear, Conv1D)) and type(module).__module__.startswith(_OWN)
+        if not plain or type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _DTYPES:
+            kind = f"{type(module).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
             raise UserError(
-                f"{path} is a {type(module).__name__}, not a plain floating-point linear; "
+                f"{path} is a {kind}, not a plain floating-point linear; "
                 "merge adapters and load without quantisation"
             )
+        if weight.is_meta:
+            raise UserError(f"the weights of {path} are not in memory; load without offloading")
         return Linear(module)
 
-    layers = model.get_submodule(family.layers)
+    try:
+        layers = model.get_submodule(family.layers)
+    except AttributeError:
+        raise UserError(
+            f"{type(model).__name__} has no {family.layers!r}; give the causal language model "
+            "itself, without a wrapper (AutoModelForCausalLM)"
+        ) from None
     assert isinstance(layers, nn.ModuleList)
     return tuple(
         MlpLayer(
@@ -98,6 +119,11 @@ def mlp_layers(model: PreTrainedModel) -> tuple[MlpLayer, ...]:
         )
         for i, layer in enumerate(layers)
     )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By torch.compile(module), which wraps it, or by module.compile(), which does not."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def read_cost(model: PreTrainedModel, layers: tuple[MlpLayer, ...]) -> ReadCost:

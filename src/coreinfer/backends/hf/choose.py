@@ -88,12 +88,6 @@ def evidence_of(
         layers = recorder.statistics()
         if not layers[0].tokens:
             raise UserError("the prompt is empty: there is no token to choose core neurons from")
-        for index, stats in enumerate(layers):
-            if not bool(torch.isfinite(stats.square_sum).all()):
-                raise UserError(
-                    f"layer {index} has activations that are not finite; "
-                    "the weights are damaged, or the dtype is too narrow for this model"
-                )
         found.append(
             Evidence(
                 layers=layers,

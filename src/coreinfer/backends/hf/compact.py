@@ -14,6 +14,21 @@ from coreinfer.standins.base import StandInTerms
 
 
 @dataclass(frozen=True)
+class SmallLinear:
+    """A linear for all rows alike.
+
+    weight: [out, in]; bias: [out] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
 class GroupedLinear:
     """A linear with its own weights for each of G groups of rows.
 
@@ -25,8 +40,6 @@ class GroupedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in], the G groups in equal consecutive shares of the rows -> [..., out]."""
-        if self.weight.shape[0] == 1:
-            return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
         rows = x.reshape(self.weight.shape[0], -1, x.shape[-1])  # [G, rows, in]
         y = rows @ self.weight.transpose(1, 2)
         if self.bias is not None:
@@ -38,10 +51,10 @@ class GroupedLinear:
 class CompactMlp:
     """One MLP layer cut down to its core neurons, plus the stand-in for the others."""
 
-    inputs: tuple[GroupedLinear, ...]
-    output: GroupedLinear
-    left: GroupedLinear | None = None
-    right: GroupedLinear | None = None
+    inputs: tuple[SmallLinear | GroupedLinear, ...]
+    output: SmallLinear | GroupedLinear
+    left: SmallLinear | GroupedLinear | None = None
+    right: SmallLinear | GroupedLinear | None = None
 
     def project(self, h: Tensor, x: Tensor) -> Tensor:
         """h [..., K] and the MLP's input x [..., d] -> the MLP's output [..., d]."""
@@ -66,25 +79,33 @@ def compact_mlp(
     kept = [index.long().to(device) for index in kept]
     size = layer.num_neurons
 
-    def rows(linear: Linear) -> GroupedLinear:
+    def rows(linear: Linear) -> SmallLinear | GroupedLinear:
         picks = [torch.cat([i, size + i]) if layer.fused else i for i in kept]
         bias = linear.bias
-        return GroupedLinear(
-            torch.stack([linear.weight.index_select(0, i) for i in picks]),
-            None if bias is None else torch.stack([bias.index_select(0, i) for i in picks]),
+        return _linear(
+            [linear.weight.index_select(0, i) for i in picks],
+            None if bias is None else [bias.index_select(0, i) for i in picks],
         )
 
-    down = torch.stack([layer.output.weight.index_select(1, i).contiguous() for i in kept])
     bias = layer.output.bias
-    biases = None if bias is None else bias.expand(len(kept), -1)
+    biases = None if bias is None else [bias] * len(kept)
     left = right = None
     if terms is not None:
-        offsets = torch.stack([term.offset for term in terms])
-        biases = offsets if biases is None else biases + offsets
+        biases = [term.offset if bias is None else bias + term.offset for term in terms]
         lefts = [term.left for term in terms if term.left is not None]
         rights = [term.right for term in terms if term.right is not None]
         if lefts:
-            left = GroupedLinear(torch.stack(lefts), None)
-            right = GroupedLinear(torch.stack(rights), None)
+            left, right = _linear(lefts, None), _linear(rights, None)
+    down = [layer.output.weight.index_select(1, i).contiguous() for i in kept]
     inputs = tuple(rows(linear) for linear in layer.inputs)
-    return CompactMlp(inputs, GroupedLinear(down, biases), left, right)
+    return CompactMlp(inputs, _linear(down, biases), left, right)
+
+
+def _linear(
+    weights: Sequence[Tensor], biases: Sequence[Tensor] | None
+) -> SmallLinear | GroupedLinear:
+    if len(weights) == 1:  # nothing to stack: no second copy, and a plain product in decode
+        return SmallLinear(weights[0], None if biases is None else biases[0])
+    return GroupedLinear(
+        torch.stack(list(weights)), None if biases is None else torch.stack(list(biases))
+    )

@@ -16,6 +16,7 @@ from coreinfer.backends.hf.choose import Anatomy, choose, evidence_of
 from coreinfer.backends.hf.compact import CompactMlp
 from coreinfer.backends.hf.switch import Observer, Switchboard
 from coreinfer.core.measures import ReadCost
+from coreinfer.errors import UserError
 from coreinfer.recording import BatchWindows, PromptRecorder, RecordingPlan
 from coreinfer.selectors import Selector
 from coreinfer.selectors.evidence import Evidence
@@ -45,7 +46,7 @@ class HfBackend:
         *,
         prefill_chunk: int = 2048,
     ) -> None:
-        self.model = model.eval()
+        self.model = model.eval()  # type: ignore[no-untyped-call]
         self.tokenizer = tokenizer
         self.anatomy = Anatomy(model, name)
         self.prefill_chunk = prefill_chunk
@@ -80,6 +81,11 @@ class HfBackend:
         return length if isinstance(length, int) else None
 
     @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
         ids = self.model.generation_config.eos_token_id
         ids = self.tokenizer.eos_token_id if ids is None else ids
@@ -112,7 +118,7 @@ class HfSession:
         self._futures: list[PromptRecorder] | None = None
         self._texts: list[str] | None = None
         self._compact: dict[int, CompactMlp] = {}
-        self._is_fork = False
+        self._shared = False  # the recorders are also those of a fork
 
     @property
     def length(self) -> int:
@@ -122,18 +128,22 @@ class HfSession:
     def prefill(
         self, token_ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None
     ) -> Tensor:
-        if self._is_fork:
-            raise RuntimeError("a forked session only decodes; prefill the one it came from")
+        if not all(token_ids):
+            raise UserError("the prompt is empty: there is no token to read")
         if not self._recorders:
             self._windows = BatchWindows(len(token_ids), self._backend.anatomy.bos_token_id)
             self._recorders = self._new_recorders(len(token_ids))
             self._mask = torch.zeros(len(token_ids), 0, dtype=torch.bool)
+        elif self._shared:
+            self._windows = copy.deepcopy(self._windows)
+            self._recorders = copy.deepcopy(self._recorders)
+        self._shared = False
+        self._futures = None
         self._texts = None if texts is None else list(texts)
         return self._record(token_ids, self._recorders, self._windows)
 
     def look_ahead(self, token_ids: Sequence[Sequence[int]]) -> None:
         ahead = self.fork()
-        ahead._compact = {}
         self._futures = self._new_recorders(len(token_ids))
         ahead._record(token_ids, self._futures, copy.deepcopy(self._windows), pad_left=False)
 
@@ -150,13 +160,15 @@ class HfSession:
 
     def decode(self, token_ids: Sequence[Sequence[int]], phase: Phase = Phase.DECODE) -> Tensor:
         ids, mask = _pad(token_ids, left=False)
+        if ids.shape[1] == 0:
+            return torch.empty(*ids.shape, self._backend.vocab_size)
         return self._forward(ids, mask, phase, logits_to_keep=ids.shape[1])
 
     def fork(self) -> HfSession:
         twin = copy.copy(self)
         twin._board = Switchboard(self._backend.anatomy.layers)
-        twin._cache = copy.deepcopy(self._cache)
-        twin._is_fork = True
+        twin._cache = _fork_cache(self._cache)
+        self._shared = twin._shared = True
         return twin
 
     def _new_recorders(self, batch: int) -> list[PromptRecorder]:
@@ -173,10 +185,13 @@ class HfSession:
     ) -> Tensor:
         """A dense pass, chunk by chunk, shown to the recorders; the last column's logits [B, V]."""
         ids, mask = _pad(token_ids, left=pad_left)
+        if pad_left:
+            self._require_window(mask)
         windows.expect([len(row) for row in token_ids])
         logits = torch.empty(0)
         size = self._backend.prefill_chunk
-        for chunk, real in zip(ids.split(size, dim=1), mask.split(size, dim=1), strict=True):
+        for start in range(0, ids.shape[1], size):
+            chunk, real = ids[:, start : start + size], mask[:, start : start + size]
             seen = windows.advance(real, chunk)
 
             def observe(layer: int, x: Tensor, h: Tensor) -> None:
@@ -189,6 +204,18 @@ class HfSession:
             logits = self._forward(chunk, real, Phase.PREFILL, observe=observe)
         return logits[:, -1]
 
+    def _require_window(self, mask: Tensor) -> None:
+        """Padding between the turns of a batch would take room in a sliding window."""
+        windows = [
+            layer.sliding_window for layer in self._cache.layers if hasattr(layer, "sliding_window")
+        ]
+        total = self.length + mask.shape[1]
+        if self.length and not bool(mask.all()) and total > min(windows, default=total):
+            raise UserError(
+                f"{self._backend.model_name} attends to {min(windows)} tokens, so turns of "
+                "different lengths cannot be read in one batch; read the conversations one by one"
+            )
+
     @torch.no_grad()
     def _forward(
         self,
@@ -199,9 +226,10 @@ class HfSession:
         observe: Observer | None = None,
         logits_to_keep: int = 1,
     ) -> Tensor:
+        before = self._mask.sum(dim=1, keepdim=True)
         self._mask = torch.cat([self._mask, mask], dim=1)
         device = self._backend.model.device
-        positions = (self._mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = (before + mask.cumsum(dim=1) - 1).clamp(min=0)
         arguments: dict[str, Any] = {
             "input_ids": ids.to(device),
             "position_ids": positions.to(device),
@@ -220,6 +248,14 @@ class HfSession:
             logits = self._backend.model(**arguments).logits
         assert isinstance(logits, Tensor)
         return logits.cpu()
+
+
+def _fork_cache(cache: DynamicCache) -> DynamicCache:
+    """A cache that grows on its own; what is in it already is shared, since a layer never writes
+    into its tensors but replaces them by longer ones."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
 
 
 def _pad(token_ids: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ to the model's own code, so one mechanism serves every family.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,27 +20,48 @@ from coreinfer.models.mlp import MlpLayer
 Observer = Callable[[int, Tensor, Tensor], None]
 
 
+class Override:
+    """An attribute that shadows the class's on one object, until it is removed."""
+
+    def __init__(self, owner: object, name: str, value: Any) -> None:
+        self._attributes = owner.__dict__
+        self._name = name
+        self._value = value
+        self._own: list[Any] = []  # what the object had there itself, where another tool set it
+
+    def install(self) -> None:
+        if self._name in self._attributes:
+            self._own.append(self._attributes[self._name])
+        self._attributes[self._name] = self._value
+
+    def remove(self) -> None:
+        del self._attributes[self._name]
+        if self._own:
+            self._attributes[self._name] = self._own.pop()
+
+
 class Route:
-    """Takes the place of one linear's `forward` until it is removed."""
+    """Takes the place of one linear's `forward` while it is installed."""
 
     def __init__(
         self, module: nn.Module, handler: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
     ) -> None:
-        self._own = module.__dict__.get("forward")  # where another tool has rerouted it already
-        if isinstance(self._own, Route):
-            raise RuntimeError("the model is already inside coreinfer.sparse()")
         self._module = module
-        self._dense = module.forward
         self._handler = handler
-        module.__dict__["forward"] = self
+        self._override = Override(module, "forward", self)
+        self._dense: Callable[[Tensor], Tensor] = module.forward
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._handler(self._dense, x)
 
+    def install(self) -> None:
+        if isinstance(self._module.forward, Route):
+            raise RuntimeError("the model is already inside coreinfer.sparse()")
+        self._dense = self._module.forward
+        self._override.install()
+
     def remove(self) -> None:
-        del self._module.__dict__["forward"]
-        if self._own is not None:
-            self._module.__dict__["forward"] = self._own
+        self._override.remove()
 
 
 class MlpSwitch:
@@ -50,17 +72,15 @@ class MlpSwitch:
         self.observer: Observer | None = None
         self.compact: CompactMlp | None = None
         self._x: Tensor | None = None
-        self._routes: list[Route] = []
+        self.routes = [
+            Route(linear.module, partial(self._input, position))
+            for position, linear in enumerate(layer.inputs)
+        ]
+        self.routes.append(Route(layer.output.module, self._output))
 
-    def install(self) -> None:
-        for position, linear in enumerate(self.layer.inputs):
-            self._routes.append(Route(linear.module, partial(self._input, position)))
-        self._routes.append(Route(self.layer.output.module, self._output))
-
-    def remove(self) -> None:
-        while self._routes:
-            self._routes.pop().remove()
-        self._x = None
+    def clear(self) -> None:
+        """Let go of all tensors."""
+        self.observer = self.compact = self._x = None
 
     def _input(self, position: int, dense: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         self._x = x
@@ -81,17 +101,21 @@ class Switchboard:
 
     def __init__(self, layers: Sequence[MlpLayer]) -> None:
         self._switches = [MlpSwitch(layer) for layer in layers]
+        self._routes = [route for switch in self._switches for route in switch.routes]
 
     @contextmanager
     def installed(self) -> Iterator[Switchboard]:
-        """Reroute the model; on leaving it is what it was, whatever happened inside."""
-        try:
-            for switch in self._switches:
-                switch.install()
-            yield self
-        finally:
-            for switch in self._switches:
-                switch.remove()
+        """Reroute the model; on leaving it is what it was, whatever happened inside.
+
+        Raises:
+            RuntimeError: if it is rerouted already; that stays as it is.
+        """
+        with installed(self._routes):
+            try:
+                yield self
+            finally:
+                for switch in self._switches:
+                    switch.clear()
 
     def observe(self, observer: Observer | None) -> None:
         """Dense passes, each layer shown to `observer`."""
@@ -102,3 +126,13 @@ class Switchboard:
         """Sparse passes: the layers in `compact` with their core neurons, the others dense."""
         for switch in self._switches:
             switch.observer, switch.compact = None, compact.get(switch.layer.index)
+
+
+@contextmanager
+def installed(parts: Sequence[Route | Override]) -> Iterator[None]:
+    """Install all of them; on leaving, or if one refuses, those that are in are removed again."""
+    with ExitStack() as stack:
+        for part in parts:
+            part.install()
+            stack.callback(part.remove)
+        yield
