@@ -1,0 +1,150 @@
+"""The command line as a whole: help, settings files, exit codes, signals, pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import coreinfer
+from coreinfer.cli.main import VERBS, build_parser, main
+from coreinfer.cli.options import SELECTOR_NAMES, STAND_IN_NAMES
+from coreinfer.selectors import SELECTORS
+from coreinfer.standins import STAND_INS
+from tests.cli.conftest import Cli, refusal
+
+COMMAND = [sys.executable, "-c", "from coreinfer.cli.main import main; raise SystemExit(main())"]
+
+
+def test_the_options_name_every_rule_and_stand_in() -> None:
+    assert set(SELECTOR_NAMES) == set(SELECTORS)
+    assert set(STAND_IN_NAMES) == {"none", *STAND_INS}
+
+
+def test_every_option_has_a_help_text() -> None:
+    (verbs,) = (a for a in build_parser()._actions if a.dest == "==SUPPRESS==" or a.choices)
+    assert verbs.choices is not None
+    assert len(verbs.choices) == len(VERBS)
+    for verb, parser in verbs.choices.items():  # type: ignore[attr-defined]
+        for action in parser._actions:
+            assert action.help, f"{verb} {action.dest}"
+
+
+def test_help_needs_no_heavy_import() -> None:
+    script = (
+        "import sys; from coreinfer.cli.main import build_parser; build_parser();"
+        "heavy = {'torch', 'transformers', 'sklearn', 'numpy'} & set(sys.modules);"
+        "raise SystemExit(f'imports {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], *([v, "--help"] for v in (
+    "generate", "chat", "select", "cluster", "score", "info", "pull"))])  # fmt: skip
+def test_help_is_printed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 0
+    assert "coreinfer" in capsys.readouterr().out
+
+
+def test_what_the_package_exports_is_there() -> None:
+    for name in coreinfer.__all__:
+        assert getattr(coreinfer, name) is not None
+    assert set(coreinfer.__all__) == set(coreinfer._HOMES)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = coreinfer.nonsense
+
+
+def test_no_verb_and_an_unknown_verb_are_refused(cli: Cli) -> None:
+    assert "required: VERB" in refusal(cli())
+    assert "invalid choice: 'fly'" in refusal(cli("fly"))
+
+
+def test_settings_come_from_a_file_and_what_is_typed_wins(
+    cli: Cli, model_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(
+        f'model = "{model_dir}"\nselector = "impact"\nbeta = 0.25\ndense-layers = [0]\n'
+        'max_new_tokens = 3\nstop = "zz"\nraw = true\nk = 3\n[budgets]\n"2" = 0.5\n'
+    )
+    run = cli("generate", "--config", path, "--prompt", "hi", "--json")
+    assert run.code == 0, run.err
+    record = json.loads(run.out)
+    assert (record["selector"], record["beta"], record["generated_tokens"]) == ("impact", 0.25, 3)
+    assert record["dense_layers"] == [0]
+    assert record["density"] == pytest.approx((48 + 12 + 24) / 144)
+    assert record["prompt_tokens"] == 2
+    typed = cli("generate", f"--config={path}", "--prompt", "hi", "--json", "--beta", 0.5)
+    assert json.loads(typed.out)["beta"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("betta = 0.5", "'betta' is no setting; did you mean 'beta'?"),
+        ("beta = ", "is not TOML"),
+        ('beta = "much"', "argument --beta: 'much' is not a number"),
+        ('raw = "yes"', "the setting 'raw' is true or false, got 'yes'"),
+        ('selector = "best"', "invalid choice: 'best'"),
+        ("\xff", "is not TOML"),
+    ],
+)
+def test_a_bad_settings_file_is_refused(cli: Cli, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_bytes(text.encode("latin-1"))
+    assert message in refusal(cli("generate", "--config", path, "--prompt", "hi"))
+
+
+def test_a_missing_settings_file_is_refused(cli: Cli) -> None:
+    line = refusal(cli("generate", "--config", "absent.toml", "--prompt", "hi"))
+    assert "no settings file at 'absent.toml'" in line
+
+
+def test_the_exit_code_reaches_the_shell_without_a_traceback(model_dir: Path) -> None:
+    argv = ["generate", "--model", str(model_dir), "--prompt", "x", "--beta", "9"]
+    run = subprocess.run([*COMMAND, *argv], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == "coreinfer: beta must be above 0 and at most 1, got 9.0\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_ctrl_c_ends_cleanly(model_dir: Path) -> None:
+    argv = [
+        "generate", "--model", str(model_dir), "--prompt", "x", "--max-new-tokens", "400",
+        "--ignore-eos", "--temperature", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [*COMMAND, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)  # it is decoding
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
+def test_a_closed_pipe_ends_quietly(model_dir: Path) -> None:
+    argv = [
+        "generate", "--model", str(model_dir), "--prompt", "x", "--max-new-tokens", "400",
+        "--ignore-eos", "--temperature", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen([*COMMAND, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.returncode == 0
+    assert b"Traceback" not in process.stderr.read()
