@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no failure: an example may take as long as it takes.
+settings.register_profile("coreinfer", deadline=None)
+settings.load_profile("coreinfer")
 
 # What a test loads lies on this machine; a look at the hub would only wait for a time-out.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -35,8 +35,8 @@ def token_core_sizes(positives: Tensor, alpha: float) -> Tensor:
     """ceil(alpha * |A_t+|), at least 1 where a token has a positive activation at all.
 
     The nearest double to alpha and its product with |A_t+| may each be off by half a unit in the
-    last place; a product that is so close above a whole number is that number. (0.1 of 30 is 3,
-    though in floating point 0.1 * 30 is above 3.)
+    last place; a product that is so close above a whole number is that number. (0.07 of 100 is 7,
+    though in floating point 0.07 * 100 is above 7.)
 
     Args:
         positives: |A_t+| of each token, shape [T].

@@ -1,0 +1,105 @@
+"""Nothing is ever half-written."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from coreinfer.errors import UserError
+from coreinfer.files import describe_os_error, replace_when_done
+
+
+def interrupted(path: Path, error: type[BaseException]) -> None:
+    path.write_text("half of")
+    raise error
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with replace_when_done(path) as partial:
+        partial.write_text("new")
+        assert not path.exists()
+        assert partial.parent.parent == tmp_path  # the same file system, so a rename is atomic
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["file"]
+
+
+def test_what_was_there_stays_until_then(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with replace_when_done(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_was_there_stays_if_writing_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(error), replace_when_done(path) as partial:
+        interrupted(partial, error)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    path.mkdir()
+    (path / "stale").write_text("old")
+    with replace_when_done(path) as partial:
+        partial.mkdir()
+        (partial / "fresh").write_text("new")
+    assert names(path) == ["fresh"]
+    assert names(tmp_path) == ["store"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "store"
+    path.mkdir()
+    (path / "kept").write_text("old")
+
+    def refuse(_self: Path, _target: Path) -> Path:
+        raise OSError(errno.EIO, "the disk is failing")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(UserError, match="the disk is failing"), replace_when_done(path) as partial:
+        partial.mkdir()
+    assert names(path) == ["kept"]
+    assert names(tmp_path) == ["store"]
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    with pytest.raises(UserError, match="folder'"), replace_when_done(path) as partial:
+        partial.write_text("a file")
+    assert path.is_dir()
+
+
+def test_a_folder_that_is_missing_is_the_users_mistake(tmp_path: Path) -> None:
+    missing = replace_when_done(tmp_path / "nowhere" / "file")
+    with pytest.raises(UserError, match=r"cannot access .*nowhere.*file': No such file"), missing:
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "no space left while writing 'f'; free some, or write elsewhere"),
+        (errno.EDQUOT, "no space left while writing 'f'; free some, or write elsewhere"),
+        (errno.EACCES, "no permission to write 'f'; choose a path you can write to"),
+        (errno.EROFS, "no permission to write 'f'; choose a path you can write to"),
+        (errno.EIO, "cannot access 'f': broken"),
+    ],
+)
+def test_errors_of_the_system_say_what_would_do(code: int, message: str) -> None:
+    assert describe_os_error(OSError(code, "broken"), "f") == message
