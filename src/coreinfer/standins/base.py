@@ -51,6 +51,9 @@ class StandIn(ABC):
                 unless there is no other).
             down: W_down, [d, D].
             dropped: indices of the dropped neurons, int64.
+
+        Raises:
+            ValueError: if the sample has no token.
         """
 
     def describe(self) -> dict[str, Any]:

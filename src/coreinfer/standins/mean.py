@@ -22,6 +22,7 @@ class Mean(StandIn):
         return 0
 
     def fit(self, sample: LayerSample, down: Tensor, dropped: Tensor) -> StandInTerms:
-        assert sample.h_sum is not None
+        if sample.h_sum is None:
+            raise ValueError("no token was recorded")
         h_mean = (sample.h_sum / sample.tokens)[dropped]
         return StandInTerms(offset=(down[:, dropped].double() @ h_mean).to(down.dtype))
