@@ -30,7 +30,8 @@ class Linear:
         """The weight as [out, in]; a view, never a copy."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        return weight.t() if isinstance(self.module, Conv1D) else weight  # Conv1D is [in, out]
+        stored: Tensor = weight
+        return stored.t() if isinstance(self.module, Conv1D) else stored  # Conv1D is [in, out]
 
     @property
     def bias(self) -> Tensor | None:
@@ -91,8 +92,9 @@ def mlp_layers(model: PreTrainedModel) -> tuple[MlpLayer, ...]:
         weight = getattr(module, "weight", None)
         # Subclasses made elsewhere, of the module or of the weight, are how quantisers and
         # adapters hide what the numbers mean.
-        plain = isinstance(module, (nn.Linear, Conv1D)) and type(module).__module__.startswith(_OWN)
-        if not plain or type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _DTYPES:
+        own = isinstance(module, (nn.Linear, Conv1D)) and type(module).__module__.startswith(_OWN)
+        plain = own and type(weight) in (Tensor, nn.Parameter)
+        if not plain or weight is None or weight.dtype not in _DTYPES:
             kind = f"{type(module).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
             raise UserError(
                 f"{path} is a {kind}, not a plain floating-point linear; "
@@ -132,7 +134,7 @@ def read_cost(model: PreTrainedModel, layers: tuple[MlpLayer, ...]) -> ReadCost:
     Of an embedding table one row is read; the output head is read whole, also where it is tied
     to the input embedding.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head_weight = head.weight if head is not None else None
     tables = {
         id(module.weight): module.weight

@@ -106,8 +106,7 @@ class SparseRun:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._generating:
                 raise UserError(
-                    "generate is already running inside this sparse() block (in another thread, "
-                    "or as its own assistant); let it finish first"
+                    "generate is already running inside this sparse() block; let it finish first"
                 )
             self._generating = self._must_prefill = True
             try:
@@ -281,10 +280,11 @@ def sparse(
             # A compiled pass would not notice that the linears change under it.
             Override(model, "get_compiled_call", lambda _config: model.__call__),
         ]
+        # Refused by `before_forward` in any case; here before they have begun to change the model.
         overrides += [
-            Override(model, name, _refuse_generation)
-            for name in ("generate_batch", "init_continuous_batching")
-            if hasattr(model, name)
+            Override(model, method, _refuse_generation)
+            for method in ("_get_candidate_generator", "generate_batch", "init_continuous_batching")
+            if hasattr(model, method)
         ]
         hook = model.register_forward_pre_hook(run.before_forward, with_kwargs=True)
         try:
