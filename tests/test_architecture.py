@@ -1,0 +1,175 @@
+"""Who may import whom, read from the source: nothing imports upward."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import coreinfer
+
+ROOT = Path(coreinfer.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Small modules at the top of the package that know nothing of the method.
+BASICS = {"errors", "files", "jsonl"}
+LOWER = BASICS | {"core", "standins", "selectors", "semantics", "recording", "models", "backends"}
+
+# What each part may import of the others. An import for types alone does not run, so it is free.
+ALLOWED = {
+    "errors": set(),
+    "files": {"errors"},
+    "jsonl": {"errors"},
+    "core": BASICS,
+    "standins": BASICS | {"core"},
+    "selectors": BASICS | {"core", "semantics"},
+    "semantics": BASICS | {"core"},
+    "recording": BASICS | {"core", "standins", "selectors"},
+    "models": BASICS | {"core"},
+    "backends": BASICS | {"core", "standins", "selectors", "recording", "models"},
+    "runtime": LOWER,
+    "api": LOWER | {"runtime"},
+    "evaluation": LOWER | {"runtime", "api"},
+    "tuning": LOWER | {"runtime", "api", "evaluation"},
+    "analysis": LOWER | {"runtime", "api", "evaluation"},
+    "server": LOWER | {"runtime", "api"},
+    "cli": LOWER | {"runtime", "api", "evaluation", "tuning", "analysis", "server"},
+}
+# Building a store prefills a corpus, so this one module stands above the rest of its package.
+ALLOWED_IN_MODULES = {"semantics.build": LOWER | {"runtime"}}
+
+OPTIONAL = {"sentence_transformers", "sklearn", "matplotlib"}
+HEAVY_FOR_THE_COMMAND_LINE = {"torch", "transformers", "numpy", "safetensors", *OPTIONAL}
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def module_of(path: Path) -> str:
+    """Dotted name below the package: 'core.coreset', 'core' for its __init__, '' for the top."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imports(node: ast.AST, *, in_functions: bool) -> Iterator[str]:
+    """Absolute names imported below a node, leaving out `if TYPE_CHECKING:` blocks."""
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                otherwise = ast.Module(body=child.orelse, type_ignores=[])
+                yield from imports(otherwise, in_functions=in_functions)
+            case ast.Import():
+                yield from (alias.name for alias in child.names)
+            case ast.ImportFrom():
+                assert child.level == 0, "relative import"
+                assert child.module is not None
+                yield child.module
+                if child.module == "coreinfer":  # from coreinfer import core
+                    yield from (f"coreinfer.{alias.name}" for alias in child.names)
+            case ast.FunctionDef() | ast.AsyncFunctionDef() if not in_functions:
+                pass
+            case _:
+                yield from imports(child, in_functions=in_functions)
+
+
+def of_the_package(path: Path) -> set[str]:
+    """The parts of the package that a file imports, anywhere in it."""
+    names = imports(tree_of(path), in_functions=True)
+    below = {name.removeprefix("coreinfer.") for name in names if name.startswith("coreinfer.")}
+    return {part_of(name) for name in below} - {"__version__"}
+
+
+def third_party(path: Path) -> set[str]:
+    """Top-level packages that a file imports when it is itself imported."""
+    names = imports(tree_of(path), in_functions=False)
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"coreinfer"}
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_the_walk_sees_imports() -> None:
+    assert "selectors" in of_the_package(ROOT / "recording.py")
+    assert {"torch", "safetensors"} <= third_party(ROOT / "core" / "coreset.py")
+    source = (
+        "def f():\n    import sklearn\nif TYPE_CHECKING:\n    import torch\nelse:\n    import a"
+    )
+    assert list(imports(ast.parse(source), in_functions=True)) == ["sklearn", "a"]
+    assert list(imports(ast.parse(source), in_functions=False)) == ["a"]
+
+
+def test_every_part_has_its_rule() -> None:
+    parts = {part_of(module_of(path)) for path in FILES} - {"", "__main__"}
+    assert parts <= ALLOWED.keys(), f"say what {sorted(parts - ALLOWED.keys())} may import"
+    assert {"core", "standins", "selectors", "semantics", "models", "backends", "runtime"} <= parts
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_nothing_imports_upward(path: Path) -> None:
+    module = module_of(path)
+    if module in ("", "__main__"):  # the package itself offers everything
+        return
+    allowed = ALLOWED_IN_MODULES.get(module, ALLOWED[part_of(module)])
+    assert of_the_package(path) <= allowed | {part_of(module)}
+
+
+def test_the_rules_have_no_circle() -> None:
+    rest = {part: set(allowed) - {part} for part, allowed in ALLOWED.items()}
+    while rest:
+        free = {part for part, needs in rest.items() if not needs & rest.keys()}
+        assert free, f"these parts import each other: {sorted(rest)}"
+        rest = {part: needs for part, needs in rest.items() if part not in free}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "core" in p.parts], ids=named)
+def test_the_core_knows_tensors_and_its_own_files_alone(path: Path) -> None:
+    assert third_party(path) <= {"torch", "numpy", "safetensors"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_optional_packages_are_imported_only_where_they_are_used(path: Path) -> None:
+    assert not third_party(path) & OPTIONAL
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if part_of(module_of(p)) in ("cli", "")], ids=named
+)
+def test_the_command_line_starts_without_the_heavy_packages(path: Path) -> None:
+    assert not third_party(path) & HEAVY_FOR_THE_COMMAND_LINE
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_no_module_is_a_drawer_for_everything(path: Path) -> None:
+    assert path.stem not in {"util", "utils", "helper", "helpers", "misc", "common"}
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 400
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_no_unpickling_and_no_remote_code(path: Path) -> None:
+    assert not third_party_or_stdlib(path) & {"pickle", "dill", "joblib", "shelve", "marshal"}
+    for node in ast.walk(tree_of(path)):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="load")):
+                pytest.fail(f"torch.load unpickles (line {node.lineno})")
+            case ast.keyword(arg="trust_remote_code", value=ast.Constant(value=True)):
+                pytest.fail(f"trust_remote_code (line {node.lineno})")
+
+
+def third_party_or_stdlib(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(tree_of(path), in_functions=True)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_no_function_writes_a_global(path: Path) -> None:
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(tree_of(path)))
