@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from coreinfer.errors import require_ratio
@@ -67,37 +68,32 @@ def token_core_mask(h: Tensor, alpha: float) -> Tensor:
         UserError: if alpha is out of range.
     """
     h = h.detach().float()  # exact for the narrower types, and numpy has no bfloat16
-    size = token_core_sizes((h > 0).sum(dim=-1, dtype=torch.int32).long(), alpha)
-    kth = _kth_largest if h.device.type == "cpu" else _kth_largest_by_sort
-    threshold = kth(h, size).unsqueeze(-1)  # [T, 1]
-    mask = h >= threshold
-    surplus = mask.sum(dim=-1, dtype=torch.int32) - size
-    if bool((surplus > 0).any()):
-        # Too many are equal to the threshold: the ones with the largest indices go.
-        tied = h == threshold
-        room = tied.sum(dim=-1, dtype=torch.int32) - surplus
-        rows, columns = tied.nonzero(as_tuple=True)  # in row-major order
-        rank = torch.arange(rows.numel(), device=h.device) - torch.searchsorted(rows, rows)
-        late = rank >= room[rows]
-        mask[rows[late], columns[late]] = False
+    if h.device.type == "cpu":
+        return torch.from_numpy(_core_mask(h.numpy(), alpha))
+    return _core_mask_by_sort(h, alpha)
+
+
+def _core_mask_by_sort(h: Tensor, alpha: float) -> Tensor:
+    """`token_core_mask` as it is defined, on any device."""
+    size = token_core_sizes((h > 0).sum(dim=-1), alpha)
+    order = h.argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(h.shape[-1], device=h.device) < size.unsqueeze(-1)
+    return torch.zeros_like(first).scatter(-1, order, first)
+
+
+def _core_mask(h: NDArray[np.float32], alpha: float) -> NDArray[np.bool_]:
+    """The same on a CPU, where numpy's vectorised partial sort is twenty times faster."""
+    positives = torch.from_numpy(np.count_nonzero(h > 0, axis=-1))
+    size = token_core_sizes(positives, alpha).numpy()
+    threshold = np.full((h.shape[0], 1), np.inf, dtype=np.float32)
+    for token in np.flatnonzero(size):
+        threshold[token] = np.partition(h[token], -size[token])[-size[token]]
+    mask: NDArray[np.bool_] = h >= threshold
+    surplus = np.count_nonzero(mask, axis=-1) - size
+    for token in np.flatnonzero(surplus > 0):  # of the equal ones, those that come last go
+        tied = np.flatnonzero(h[token] == threshold[token])
+        mask[token, tied[-surplus[token] :]] = False
     return mask
-
-
-def _kth_largest(h: Tensor, size: Tensor) -> Tensor:
-    """The size[t]-th largest value of each row of h, [T]; infinity where size[t] is 0."""
-    # numpy's partial sort is vectorised: about ten times faster than any of torch's on a CPU.
-    found = np.full(h.shape[0], np.inf, dtype=np.float32)
-    for t, (row, k) in enumerate(zip(h.numpy(), size.tolist(), strict=True)):
-        if k > 0:
-            found[t] = np.partition(row, -k)[-k]
-    return torch.from_numpy(found)
-
-
-def _kth_largest_by_sort(h: Tensor, size: Tensor) -> Tensor:
-    """The same on any device."""
-    ordered = h.sort(dim=-1, descending=True).values
-    found = ordered.gather(-1, (size - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return found.where(size > 0, torch.inf)
 
 
 @dataclass
