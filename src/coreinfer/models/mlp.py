@@ -30,8 +30,10 @@ class Linear:
         """The weight as [out, in]; a view, never a copy."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        stored: Tensor = weight
-        return stored.t() if isinstance(self.module, Conv1D) else stored  # Conv1D is [in, out]
+        if not isinstance(self.module, Conv1D):
+            return weight
+        view: Tensor = weight.t()  # Conv1D stores [in, out]
+        return view
 
     @property
     def bias(self) -> Tensor | None:
@@ -134,7 +136,7 @@ def read_cost(model: PreTrainedModel, layers: tuple[MlpLayer, ...]) -> ReadCost:
     Of an embedding table one row is read; the output head is read whole, also where it is tied
     to the input embedding.
     """
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()
     head_weight = head.weight if head is not None else None
     tables = {
         id(module.weight): module.weight

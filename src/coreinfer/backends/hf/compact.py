@@ -95,6 +95,10 @@ def compact_mlp(
         lefts = [term.left for term in terms if term.left is not None]
         rights = [term.right for term in terms if term.right is not None]
         if lefts:
+            # A short prompt has a smaller rank; zeros bring it to that of the others.
+            rank = max(part.shape[1] for part in lefts)
+            lefts = [F.pad(part, (0, rank - part.shape[1])) for part in lefts]
+            rights = [F.pad(part, (0, 0, 0, rank - part.shape[0])) for part in rights]
             left, right = _linear(lefts, None), _linear(rights, None)
     down = [layer.output.weight.index_select(1, i).contiguous() for i in kept]
     inputs = tuple(rows(linear) for linear in layer.inputs)

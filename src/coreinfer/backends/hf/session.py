@@ -46,7 +46,7 @@ class HfBackend:
         *,
         prefill_chunk: int = 2048,
     ) -> None:
-        self.model = model.eval()  # type: ignore[no-untyped-call]
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self.anatomy = Anatomy(model, name)
         self.prefill_chunk = prefill_chunk

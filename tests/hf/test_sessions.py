@@ -1,0 +1,381 @@
+"""Sessions: one account however the tokens come in, forks that do not touch, turns that add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coreinfer.backends.base import Phase
+from coreinfer.backends.hf.session import HfSession
+from coreinfer.errors import UserError
+from coreinfer.recording import RecordingPlan
+from coreinfer.selectors import Griffin, Impact, Oracle, Selector, Stability
+from coreinfer.selectors.evidence import Evidence
+from coreinfer.standins import Linear, Mean, StandIn
+from tests.hf.reference import (
+    activations,
+    cache_of,
+    core_set,
+    down,
+    down_weight,
+    masked,
+    sparse_greedy,
+)
+from tests.tiny import BOS, CONFIGS, tiny_backend
+
+A = [5, 77, 200, 13, 13, 8, 250, 99, 41, 5, 77]
+B = [90, 91, 200]
+RULE = Stability(alpha=0.3, beta=0.4)
+close = torch.testing.assert_close
+
+
+def start(
+    family: str = "llama",
+    rule: Selector = RULE,
+    stand_in: StandIn | None = None,
+    halves: bool = False,
+    **options: Any,
+) -> HfSession:
+    plan = RecordingPlan.of(rule, stand_in)
+    if halves:
+        plan = RecordingPlan(alpha=plan.alpha, halves=True, sample_tokens=plan.sample_tokens)
+    return tiny_backend(family, **options).start(plan)
+
+
+def sets(choices: Sequence[Any]) -> list[dict[int, list[int]]]:
+    return [{i: t.tolist() for i, t in choice.core_set.layers.items()} for choice in choices]
+
+
+def same_evidence(one: Evidence, two: Evidence, atol: float = 1e-4) -> None:
+    groups = [(one.layers, two.layers)]
+    if one.halves is not None and two.halves is not None:
+        groups += list(zip(one.halves, two.halves, strict=True))
+    for first, second in groups:
+        for a, b in zip(first, second, strict=True):
+            assert a.tokens == b.tokens
+            assert a.counts.tolist() == b.counts.tolist()
+            for name in ("positive_sum", "square_sum", "unit_square_sum", "input_sum"):
+                close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_a_chunked_prefill_equals_a_whole_one(family: str, chunk: int) -> None:
+    whole, parts = start(family, halves=True), start(family, halves=True, prefill_chunk=chunk)
+    prompts = [[BOS, *A], B, A[::-1]]
+    close(parts.prefill(prompts), whole.prefill(prompts), rtol=1e-4, atol=1e-4)
+    for one, two in zip(parts.evidence(), whole.evidence(), strict=True):
+        same_evidence(one, two)
+    assert sets(parts.select(RULE)) == sets(whole.select(RULE))
+    close(parts.decode([[1]] * 3), whole.decode([[1]] * 3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_prefill_in_several_calls_equals_one(family: str) -> None:
+    whole, calls = start(family), start(family)
+    calls.prefill([A[:4], B[:1]])
+    calls.prefill([A[4:5], B[1:2]])
+    logits = calls.prefill([A[5:], B[2:]])
+    close(logits, whole.prefill([A, B]), rtol=1e-4, atol=1e-4)
+    for one, two in zip(calls.evidence(), whole.evidence(), strict=True):
+        same_evidence(one, two)
+    assert sets(calls.select(RULE)) == sets(whole.select(RULE))
+    for ids in ([[1], [2]], [[3], [4]]):
+        close(calls.decode(ids), whole.decode(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("stand_in", [None, Mean(), Linear(rank=4)])
+def test_a_batch_equals_each_alone(family: str, stand_in: StandIn | None) -> None:
+    prompts = [A, B, [BOS, 9], [7]]
+    batch = start(family, stand_in=stand_in)
+    logits = batch.prefill(prompts)
+    chosen = batch.select(RULE, stand_in)
+    steps = [batch.decode([[t + i] for i in range(4)]) for t in (20, 90)]
+    for row, prompt in enumerate(prompts):
+        alone = start(family, stand_in=stand_in)
+        close(alone.prefill([prompt])[0], logits[row], rtol=1e-4, atol=1e-4)
+        same_evidence(alone.evidence()[0], batch.evidence()[row])
+        assert sets(alone.select(RULE, stand_in)) == sets(chosen)[row : row + 1]
+        for token, step in zip((20, 90), steps, strict=True):
+            close(alone.decode([[token + row]])[0], step[row], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_several_tokens_at_once_equal_one_by_one(family: str) -> None:
+    session = start(family)
+    session.prefill([A, B])
+    session.select(RULE)
+    at_once = session.fork().decode([[4, 5, 6], [7, 8]], Phase.SCORE)
+    one_by_one = torch.cat([session.decode([[a], [b]]) for a, b in ((4, 7), (5, 8), (6, 9))], 1)
+    close(at_once[0], one_by_one[0], rtol=1e-4, atol=1e-4)
+    close(at_once[1, :2], one_by_one[1, :2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+def test_sliding_windows(family: str) -> None:
+    """A prompt longer than the window, padded, chunked, and decoded further."""
+    from coreinfer.backends.hf.session import HfBackend
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    model = tiny_model(family, sliding_window=5)
+    for chunk in (2, 100):
+        backend = HfBackend(model, tiny_tokenizer(), "t", prefill_chunk=chunk)
+        session = backend.start(RecordingPlan.of(RULE))
+        first = session.prefill([A, B])
+        chosen = sets(session.select(RULE))
+        for row, prompt in enumerate((A, B)):
+            kept = {i: core_set(h, 0.3, 0.4) for i, (_, h) in enumerate(activations(model, prompt))}
+            assert chosen[row] == kept
+            tokens, logits = sparse_greedy(model, prompt, kept, 6)
+            close(first[row], logits[0], rtol=1e-4, atol=1e-4)
+            fork = session.fork()
+            for token, want in zip(tokens, logits[1:], strict=False):
+                close(fork.decode([[token], [token]])[row, -1], want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="attends to 5 tokens"):
+        session.prefill([[1, 2], [3]])
+    session.prefill([[1, 2], [3, 4]])
+
+
+def test_forks_do_not_touch_each_other() -> None:
+    for family in CONFIGS:
+        session = start(family)
+        session.prefill([A])
+        session.select(RULE)
+        want = [session.fork().decode([[t]]) for t in (1, 2)]
+        one, two = session.fork(), session.fork()
+        one.decode([[3, 4, 5]], Phase.SCORE)
+        assert torch.equal(two.decode([[2]]), want[1])
+        assert torch.equal(session.decode([[1]]), want[0])
+        assert (session.length, one.length, two.length) == (len(A) + 1, len(A) + 3, len(A) + 1)
+
+
+def test_a_fork_costs_no_copy_of_the_cache() -> None:
+    session = start()
+    session.prefill([A])
+    fork = session.fork()
+    for own, other in zip(session._cache.layers, fork._cache.layers, strict=True):
+        assert own.keys.data_ptr() == other.keys.data_ptr()
+        assert own is not other
+
+
+def test_one_prefill_serves_different_selectors() -> None:
+    session = start()
+    session.prefill([A])
+    rules: list[Selector] = [RULE, Impact(beta=0.4), Griffin(beta=0.2), Stability(alpha=0.3)]
+    forks = [session.fork() for _ in rules]
+    chosen = [fork.select(rule) for fork, rule in zip(forks, rules, strict=True)]
+    steps = [fork.decode([[1]]) for fork in forks]
+    for rule, choice, step in zip(rules, chosen, steps, strict=True):
+        alone = start()
+        alone.prefill([A])
+        assert sets(alone.select(rule)) == sets(choice)
+        close(alone.decode([[1]]), step)
+    assert len({str(sets(choice)) for choice in chosen[:3]}) == 3
+    # The one they came from has chosen nothing, and is dense.
+    model = session._backend.model
+    want = model(torch.tensor([[*A, 1]])).logits[0, -1]
+    close(session.decode([[1]])[0, -1], want, rtol=1e-4, atol=1e-4)
+
+
+def test_select_again_replaces_the_choice() -> None:
+    session = start()
+    session.prefill([A])
+    first = session.fork()
+    first.select(RULE)
+    session.select(Impact(beta=0.2))
+    session.select(RULE)
+    assert torch.equal(session.decode([[1]]), first.decode([[1]]))
+
+
+def test_a_plan_that_recorded_too_little_is_refused() -> None:
+    session = start(rule=Impact())
+    session.prefill([A])
+    with pytest.raises(ValueError, match="the prefill recorded"):
+        session.select(RULE)
+
+
+@torch.no_grad()
+def _turns(model: Any, turns: list[list[int]], answers: list[list[int]]) -> tuple[list[Any], Any]:
+    """By hooks: each turn dense, its answer with the core set of all turns; logits of all."""
+    from tests.hf.reference import hooked
+
+    seen: dict[int, list[Tensor]] = {}
+    cache: dict[str, Any] = {}
+    logits, kept = [], {}
+    for turn, answer in zip(turns, answers, strict=True):
+        with hooked(model, lambda i, h: seen.setdefault(i, []).append(h.reshape(-1, h.shape[-1]))):
+            out = model(torch.tensor([turn]), **({"use_cache": True} | cache))
+        logits.append(out.logits[0, -1])
+        kept = {i: core_set(torch.cat(hs), 0.3, 0.4) for i, hs in seen.items()}
+        with masked(model, kept):
+            for token in answer:
+                out = model(torch.tensor([[token]]), **cache_of(model, out))
+                logits.append(out.logits[0, -1])
+        cache = cache_of(model, out)
+    return logits, kept
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "gpt_neox"])
+@pytest.mark.parametrize("forking", [False, True])
+def test_turns_add_up(family: str, forking: bool) -> None:
+    """A further turn is dense; what was decoded stays in the cache and is not counted."""
+    turns, answers = [A, B, A[::-1]], [[1, 2, 3], [4], [5, 6]]
+    session = start(family)
+    want, kept = _turns(session._backend.model, turns, answers)
+    got = []
+    for turn, answer in zip(turns, answers, strict=True):
+        if forking:
+            left, session = session, session.fork()
+        got.append(session.prefill([turn])[0])
+        if forking:  # the one it came from stays where it was
+            assert left.length == session.length - len(turn)
+        (choice,) = session.select(RULE)
+        if forking:
+            session = session.fork()
+        got += [session.decode([[token]])[0, -1] for token in answer]
+    close(torch.stack(got), torch.stack(want), rtol=1e-4, atol=1e-4)
+    assert sets([choice]) == [kept]
+    assert session.evidence()[0].tokens == sum(map(len, turns))
+
+
+def test_a_fork_that_reads_on_leaves_the_statistics_of_the_other_alone() -> None:
+    session = start(stand_in=Linear(rank=2), halves=True)
+    session.prefill([A])
+    before = session.evidence()[0]
+    fork = session.fork()
+    fork.prefill([B])
+    assert fork.evidence()[0].tokens == len(A) + len(B)
+    same_evidence(session.evidence()[0], before, atol=0)
+    session.prefill([B])
+    same_evidence(session.evidence()[0], fork.evidence()[0], atol=0)
+
+
+def test_look_ahead_moves_nothing() -> None:
+    session, plain = start(), start()
+    for one in (session, plain):
+        one.prefill([A, B])
+    future = [[3, 4, 5, 6], [7, 8]]
+    session.look_ahead(future)
+    for row, (prompt, follow) in enumerate(zip((A, B), future, strict=True)):
+        evidence = session.evidence()[row]
+        assert evidence.future is not None
+        model = session._backend.model
+        for stats, (_, h) in zip(evidence.future, activations(model, prompt + follow), strict=True):
+            ahead = h[len(prompt) :].double()
+            assert stats.tokens == len(follow)
+            close(stats.square_sum, ahead.square().sum(dim=0), rtol=1e-4, atol=1e-4)
+        same_evidence(evidence, plain.evidence()[row], atol=0)
+    assert session.length == plain.length
+    oracle = session.fork()
+    assert sets(oracle.select(Oracle(beta=0.4))) != sets(session.fork().select(Impact(beta=0.4)))
+    session.select(RULE)
+    plain.select(RULE)
+    assert torch.equal(session.decode([[1], [2]]), plain.decode([[1], [2]]))
+    session.prefill([[1], [2]])
+    with pytest.raises(UserError, match="oracle"):  # that future is past
+        session.select(Oracle())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("name", ["none", "mean", "linear"])
+def test_stand_ins_are_the_written_formula(family: str, name: str) -> None:
+    """y = W_core h_core + bias + offset + left right x, layer by layer, in one decode pass."""
+    stand_in = {"none": None, "mean": Mean(), "linear": Linear(rank=3)}[name]
+    session = start(family, stand_in=stand_in)
+    model = session._backend.model
+    session.prefill([A])
+    (choice,) = session.select(RULE, stand_in)
+    kept = sets([choice])[0]
+    rests: list[Tensor] = []
+    for layer, (x, h) in enumerate(activations(model, A)):
+        rest = [n for n in range(h.shape[1]) if n not in kept[layer]]
+        r = h[1:, rest].double() @ down_weight(model, layer)[:, rest].double().t()
+        x = x[1:].double()  # the first token, a sink, is left out of the fit
+        mean, x_mean = r.mean(dim=0), x.mean(dim=0)
+        slope = torch.zeros(len(mean), len(x_mean), dtype=torch.float64)
+        if name == "linear":
+            slope = _ridge(x - x_mean, r - mean, 0.3, 3)
+        rests.append((mean, x_mean, slope))
+    with torch.no_grad():
+        out = model(torch.tensor([A]), use_cache=True)
+    handles = []
+    for layer, (mean, x_mean, slope) in enumerate(rests if stand_in else []):
+        inputs: list[Tensor] = []
+        first = session._backend.anatomy.layers[layer].inputs[0].module
+
+        def see(_m: Any, args: Any, inputs: list[Tensor] = inputs) -> None:
+            inputs.append(args[0])
+
+        def add(
+            _m: Any, _a: Any, y: Tensor, inputs: Any = inputs, terms: Any = (mean, x_mean, slope)
+        ) -> Tensor:
+            offset, centre, matrix = terms
+            return y + (offset + (inputs[-1].double() - centre) @ matrix.t()).to(y.dtype)
+
+        handles.append(first.register_forward_pre_hook(see))
+        handles.append(down(model, layer).register_forward_hook(add))
+    with masked(model, kept), torch.no_grad():
+        want = model(torch.tensor([[17]]), **cache_of(model, out)).logits[0, -1]
+    for handle in handles:
+        handle.remove()
+    close(session.decode([[17]])[0, -1], want, rtol=1e-3, atol=1e-3)
+
+
+def _ridge(x: Tensor, r: Tensor, ridge: float, rank: int) -> Tensor:
+    """The reduced-rank ridge regression in its primal form: [d_r, d_x]."""
+    penalty = ridge * x.square().sum(dim=1).mean()
+    tall = torch.cat([x, penalty.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
+    target = torch.cat([r, torch.zeros(x.shape[1], r.shape[1], dtype=x.dtype)])
+    full = torch.linalg.lstsq(tall, target).solution  # [d_x, d_r]
+    basis = torch.linalg.svd(tall @ full, full_matrices=False).Vh[:rank]
+    return (full @ basis.t() @ basis).t()
+
+
+def test_the_last_prompt_token_is_fed_once() -> None:
+    """The prefill's logits give the first token; the cache then holds the prompt and no more."""
+    session = start()
+    model = session._backend.model
+    logits = session.prefill([A])
+    assert session.length == session._cache.get_seq_length() == len(A)
+    close(logits[0], model(torch.tensor([A])).logits[0, -1], rtol=1e-5, atol=1e-5)
+    first = int(logits.argmax())
+    positions = []
+
+    def see(_m: Any, _a: Any, kwargs: Any) -> None:
+        positions.append((kwargs["input_ids"].tolist(), kwargs["position_ids"].tolist()))
+
+    handle = model.register_forward_pre_hook(see, with_kwargs=True)
+    step = session.decode([[first]])
+    handle.remove()
+    assert positions == [([[first]], [[len(A)]])]
+    assert session._cache.get_seq_length() == len(A) + 1
+    want = model(torch.tensor([[*A, first]])).logits[0, -1]
+    close(step[0, -1], want, rtol=1e-4, atol=1e-4)
+
+
+def test_empty_prompts_are_refused_and_empty_steps_are_nothing() -> None:
+    session = start()
+    with pytest.raises(UserError, match="the prompt is empty"):
+        session.prefill([A, []])
+    with pytest.raises(UserError, match="the prompt is empty"):
+        start().prefill([[]])
+    session.prefill([A, B])
+    session.select(RULE)
+    assert session.decode([[], []]).shape == (2, 0, 260)
+    assert session.length == len(A)
+    with pytest.raises(UserError, match="prompt is empty"):
+        session.prefill([[1], []])
+
+
+def test_the_lone_beginning_of_sequence_token_counts() -> None:
+    session = start()
+    session.prefill([[BOS]])
+    assert session.evidence()[0].tokens == 1
+    (choice,) = session.select(RULE)
+    h = activations(session._backend.model, [BOS])
+    assert sets([choice]) == [{i: core_set(x[1], 0.3, 0.4) for i, x in enumerate(h)}]
