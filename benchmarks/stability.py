@@ -41,6 +41,7 @@ def plot(curves: dict[str, dict[str, dict[int, list[float]]]], title: str, path:
             bands = [quantiles(v, n=10) if len(v) > 1 else [v[0]] * 9 for v in points.values()]
             panel.fill_between(xs, [b[0] for b in bands], [b[-1] for b in bands], alpha=0.15)
         panel.set_xscale("log", base=2)
+        panel.set_xticks(xs, [str(x) for x in xs])
         panel.set_xlabel("tokens read")
         panel.set_title(f"overlap with {target}", fontsize=10)
         panel.legend()
