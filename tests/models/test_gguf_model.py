@@ -16,6 +16,7 @@ from coreinfer.errors import UserError
 from coreinfer.models.families import FAMILIES
 from coreinfer.models.gguf_model import ARCHITECTURES, load_gguf
 from coreinfer.models.mlp import mlp_layers
+from tests.models.gguf_writer import ARCHITECTURES as WRITTEN
 from tests.models.gguf_writer import (
     CHAT,
     gguf_arrays,
@@ -24,7 +25,6 @@ from tests.models.gguf_writer import (
     tiny_gguf,
     write_gguf,
 )
-from tests.models.gguf_writer import ARCHITECTURES as WRITTEN
 from tests.tiny import BOS, EOS, PAD
 
 IDS = torch.tensor([[BOS, 72, 101, 108, 108, 111, 32, 5, 200, 17, 3, 90]])

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -50,7 +51,7 @@ def load_folder(
     tensors = _read_tensors(shards)
     config = make_config(values, len(tensors), repr(str(folder / CONFIG)))
     generation = _read_generation(folder / GENERATION)
-    tokenizer = _read_tokenizer(folder)
+    tokenizer = _read_tokenizer(folder, config)
     model = assemble(config, tensors, repr(str(folder)), dtype=dtype, generation=generation)
     return model, tokenizer
 
@@ -139,11 +140,14 @@ def _read_generation(path: Path) -> GenerationConfig | None:
         raise UserError(f"{str(path)!r} is not usable: {one_line(error)}") from error
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+                folder,
+                config=config,  # or it would read config.json by itself, unchecked
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except BaseException as error:  # the Rust side panics with a BaseException of its own
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

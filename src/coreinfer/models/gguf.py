@@ -68,7 +68,8 @@ class GgufFile:
             return raw.view(plain).reshape(tensor.shape).astype(np.float32)
         blocks = raw.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
         try:
-            return np.asarray(dequantize(blocks, tensor.kind), dtype=np.float32)
+            with np.errstate(all="ignore"):  # a file may hold infinities
+                return np.asarray(dequantize(blocks, tensor.kind), dtype=np.float32)
         except NotImplementedError:
             raise UserError(
                 f"{str(self.path)!r}: tensor {name!r} is stored as {tensor.kind.name}, which "
