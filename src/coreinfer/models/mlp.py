@@ -30,10 +30,7 @@ class Linear:
         """The weight as [out, in]; a view, never a copy."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        if not isinstance(self.module, Conv1D):
-            return weight
-        view: Tensor = weight.t()  # Conv1D stores [in, out]
-        return view
+        return weight.t() if isinstance(self.module, Conv1D) else weight  # Conv1D is [in, out]
 
     @property
     def bias(self) -> Tensor | None:
@@ -63,7 +60,8 @@ class MlpLayer:
 
     def column_norms(self) -> Tensor:
         """|W_down[:, n]|_2 of every neuron, shape [D], float64."""
-        return self.output.weight.detach().float().norm(dim=0).double().cpu()
+        norms = torch.linalg.vector_norm(self.output.weight.detach().float(), dim=0)
+        return norms.double().cpu()
 
     def neuron_bytes(self) -> int:
         """Bytes of one neuron's weights: its input rows (and biases) and its output column."""
