@@ -126,6 +126,15 @@ def test_gradients_are_not_followed() -> None:
     assert not any(getattr(stats, f.name).requires_grad for f in fields(stats)[:-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_recorded_is_left_as_it_was(dtype: torch.dtype) -> None:
+    x, h = (part.to(dtype) for part in some_tokens(5))
+    before = x.clone(), h.clone()
+    recorded(x, h)
+    assert torch.equal(x, before[0])
+    assert torch.equal(h, before[1])
+
+
 def test_statistics_do_not_hold_on_to_what_they_were_given() -> None:
     x, h = some_tokens(3)
     stats, expected = recorded(x, h), recorded(x, h)

@@ -17,7 +17,7 @@ from torch import Tensor
 from coreinfer.errors import require_ratio
 
 # Elements of a block of rows: small enough that its float64 copy stays in the processor's cache.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 
 
 def column_sum(x: Tensor) -> Tensor:
@@ -151,17 +151,18 @@ class LayerStatistics:
         self.tokens += h.shape[0]
 
     def _add_block(self, h: Tensor, alpha: float | None) -> None:
-        exact = h.double()  # so that neither the order of chunks nor a square moves a near-tie
-        if alpha is not None:
-            core = token_core_mask(h, alpha).sum(dim=0, dtype=torch.int32)
-            self.counts = _add(self.counts, core)
-            self.positive_sum = _add(self.positive_sum, exact.clamp(min=0).sum(dim=0))
-        squares = exact.square_()
+        # float64, so that neither the order of chunks nor a square moves a near-tie
+        exact = h.to(torch.float64, copy=True)
+        squares = exact.square()
         norms = squares.sum(dim=-1)
         units = torch.where(norms > 0, norms.reciprocal(), 0.0)
         square_sum, unit_square_sum = torch.stack([torch.ones_like(units), units]) @ squares
         self.square_sum = _add(self.square_sum, square_sum)
         self.unit_square_sum = _add(self.unit_square_sum, unit_square_sum)
+        if alpha is not None:
+            core = token_core_mask(h, alpha).sum(dim=0, dtype=torch.int32)
+            self.counts = _add(self.counts, core)
+            self.positive_sum = _add(self.positive_sum, exact.clamp_(min=0).sum(dim=0))
 
     @property
     def is_finite(self) -> bool:

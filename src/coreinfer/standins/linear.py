@@ -50,7 +50,8 @@ class Linear(StandIn):
         if sample.h is None:
             raise ValueError("no token was sampled")
         spectrum = sample.spectrum()
-        r = (sample.h[:, dropped].float() @ down[:, dropped].float().t()).double()  # [S, d]
+        h = sample.h.index_select(1, dropped).float()
+        r = (h @ down.index_select(1, dropped).float().t()).double()  # [S, d]
         r_mean = r.mean(dim=0)
         left, right = _reduced_rank_ridge(spectrum, r - r_mean, self.ridge, self.rank)
         offset = r_mean - left @ (right @ spectrum.mean)
