@@ -1,0 +1,1 @@
+"""Products with quantised weights on a CPU: native code, and the torch twins that define it."""
