@@ -23,3 +23,11 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no evaluation data at {folder} (set COREINFER_SHARED to its folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def default_model_dir() -> Path:
+    """The folder of the default model, pulled if it is not in the cache; for tests marked model."""
+    from coreinfer.models.pull import pull
+
+    return pull("smollm2-135m-instruct")

@@ -9,7 +9,6 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -74,14 +73,13 @@ def fetch(model_id: str, on_progress: Callable[[str], None] = lambda _line: None
             f"{model_id} is not in the local cache, and {why}; "
             "give a folder or a .gguf file, or a short name"
         ) from None
-    except HfHubHTTPError as error:
-        raise UserError(f"cannot download {model_id}: {one_line(error)}") from None
-    except HFValidationError as error:
-        raise UserError(f"{model_id!r} is not a model of the hub: {one_line(error)}") from None
-    except OSError as error:
-        if error.errno is None:
-            raise UserError(f"cannot download {model_id}: {one_line(error)}") from None
-        raise UserError(describe_os_error(error, error.filename or "the hub's cache")) from None
+    except Exception as error:  # of its HTTP library, of the file system, of the hub
+        if isinstance(error, OSError) and error.errno is not None:
+            where = error.filename or "the cache of the Hugging Face hub"
+            raise UserError(describe_os_error(error, where)) from None
+        raise UserError(
+            f"cannot download {model_id}: {type(error).__name__}: {one_line(error)}"
+        ) from None
 
 
 def _is_complete(folder: Path) -> bool:
