@@ -60,7 +60,7 @@ class MlpLayer:
 
     def column_norms(self) -> Tensor:
         """|W_down[:, n]|_2 of every neuron, shape [D], float64."""
-        norms = torch.linalg.vector_norm(self.output.weight.detach().float(), dim=0)
+        norms: Tensor = torch.linalg.vector_norm(self.output.weight.detach().float(), dim=0)
         return norms.double().cpu()
 
     def neuron_bytes(self) -> int:
