@@ -30,7 +30,7 @@ def read_record(form: WeightFormat, record: bytes, columns: int) -> list[float]:
         q = list(struct.unpack(f"<{columns}b", record[:columns]))
         scales = struct.unpack(f"<{groups}e", record[columns:])
         return [q[i] * scales[i // form.group_size] for i in range(columns)]
-    q = [record[i // 2] >> (4 * (i % 2)) & 15 for i in range(columns)]
+    q = [record[i // 8 * 4 + i % 4] >> (i % 8 // 4 * 4) & 15 for i in range(columns)]
     numbers = struct.unpack(f"<{2 * groups}e", record[columns // 2 :])
     group = [i // form.group_size for i in range(columns)]
     return [q[i] * numbers[group[i]] + numbers[groups + group[i]] for i in range(columns)]

@@ -5,9 +5,10 @@ then (int4) their minima, little-endian float16 both. With w a weight of a group
 
 - bfloat16: the raw bytes of the row, rounded to nearest.
 - int8: w = scale * q, q in -127..127, one signed byte each; 8.25 bits a weight at g = 64.
-- int4: w = scale * q + minimum, q in 0..15, the even column in the low half of a byte;
-  4.5 bits a weight at g = 64. Scale and minimum minimise the squared error of the group: from
-  several clipped ranges, refined by least squares (Lloyd's iteration), the best is kept. On
+- int4: w = scale * q + minimum, q in 0..15; 4.5 bits a weight at g = 64. Eight columns take four
+  bytes, byte j holds column j in its low half and column j + 4 in its high half: what vector
+  instructions unpack with one shift. Scale and minimum minimise the squared error of the group:
+  from several clipped ranges, refined by least squares (Lloyd's iteration), the best is kept. On
   SmolLM2's weights that is 23.1 dB of signal to noise, 1.3 dB above plain minimum and maximum and
   2 dB above symmetric groups of 32 (llama.cpp's Q4_0), which take the same space.
 """
@@ -141,8 +142,8 @@ class WeightFormat:
         numbers = records[:, q_bytes:].contiguous().view(torch.float16).to(torch.float32)
         if self.dtype == "int8":
             return stored.view(torch.int8), numbers, torch.zeros_like(numbers)
-        q = torch.stack((stored & 15, stored >> 4), dim=-1).view(-1, columns)
-        return q, numbers[:, :groups], numbers[:, groups:]
+        q = torch.stack((stored.view(-1, 4) & 15, stored.view(-1, 4) >> 4), dim=1)
+        return q.view(-1, columns), numbers[:, :groups], numbers[:, groups:]
 
     def _groups(self, columns: int) -> int:
         if self.dtype == "bfloat16":
@@ -169,8 +170,8 @@ class WeightFormat:
             q = _nearest(grouped / scales, -127, 127).to(torch.int8)
             return _join(q.view(rows, -1).view(torch.uint8), scales)
         scales, minima = _fit_four_bits(grouped, self.dtype)
-        q = _nearest((grouped - minima) / scales, 0, 15).to(torch.uint8).view(rows, -1, 2)
-        return _join(q[..., 0] | (q[..., 1] << 4), scales, minima)
+        q = _nearest((grouped - minima) / scales, 0, 15).to(torch.uint8).view(rows, -1, 2, 4)
+        return _join((q[:, :, 0] | (q[:, :, 1] << 4)).flatten(1), scales, minima)
 
 
 def _fit_four_bits(grouped: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
