@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -81,6 +81,7 @@ def test_every_default_keeps_something_and_keeping_nothing_is_refused(
 # The reference's layers 5 to 27 of 32 are 6 to 26, for no other model and no other start.
 
 
+@settings(max_examples=40)
 @given(st.data(), st.integers(1, 40))
 def test_the_sparse_layers_are_all_but_the_dense_ones_for_any_model(
     data: st.DataObject, num_layers: int
@@ -123,6 +124,7 @@ def observe(recorder: PromptRecorder, layer: int, h: Tensor, start: int) -> None
     recorder.observe(layer, torch.ones(h.shape[0], 4), h, window)
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 999))
 def test_two_requests_interleaved_are_two_requests_one_after_the_other(seed: int) -> None:
     sizes = [(10, 4), (10, 4)]
