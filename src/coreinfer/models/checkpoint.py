@@ -42,7 +42,7 @@ def load_folder(
             fit the configuration.
     """
     folder = Path(folder)
-    values = _read_config(folder)
+    values = read_config(folder)
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise UserError(
             f"{str(folder)!r} has no tokenizer; put the model's tokenizer.json beside its weights"
@@ -90,7 +90,12 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{str(folder)!r} has no weights; expected {WEIGHTS}")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a model folder's `config.json` states.
+
+    Raises:
+        UserError: if there is none, or it is no JSON object.
+    """
     if not (folder / CONFIG).is_file():
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{str(folder)!r} is an adapter; merge it into its model first")

@@ -56,8 +56,8 @@ class GgufFile:
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
 
-    def values(self, name: str) -> NDArray[np.float32]:
-        """A tensor's numbers in float32, dequantised.
+    def values(self, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
+        """A tensor's numbers in float32, dequantised; all of it, or some of its rows.
 
         Raises:
             UserError: if it is stored in a way that the `gguf` package cannot dequantise.
@@ -65,8 +65,8 @@ class GgufFile:
         tensor = self.tensors[name]
         raw = np.asarray(self.data[tensor.start : tensor.start + tensor.size])
         if plain := _PLAIN.get(tensor.kind):
-            return raw.view(plain).reshape(tensor.shape).astype(np.float32)
-        blocks = raw.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
+            return raw.view(plain).reshape(tensor.shape)[rows].astype(np.float32)
+        blocks = raw.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))[rows]
         try:
             with np.errstate(all="ignore"):  # a file may hold infinities
                 return np.asarray(dequantize(blocks, tensor.kind), dtype=np.float32)

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     PreTrainedConfig,
@@ -30,6 +31,7 @@ Values = NDArray[np.float32]
 Undo = Callable[[str, Values, PreTrainedConfig], Values]
 
 ROPE_FACTORS = "rope_freqs.weight"
+_TURNED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")  # of GPT-2
 
 
 def _as_is(_name: str, values: Values, _config: PreTrainedConfig) -> Values:
@@ -53,8 +55,7 @@ def _minus_one(name: str, values: Values, _config: PreTrainedConfig) -> Values:
 
 def _transpose(name: str, values: Values, _config: PreTrainedConfig) -> Values:
     """GPT-2's linears are stored [in, out] in transformers."""
-    linears = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
-    return values.T if name.endswith(tuple(f".{part}.weight" for part in linears)) else values
+    return values.T if name.endswith(tuple(f".{part}.weight" for part in _TURNED)) else values
 
 
 def _group_heads(name: str, values: Values, config: PreTrainedConfig) -> Values:
@@ -77,6 +78,7 @@ class Architecture:
     Attributes:
         model_type: its name in transformers.
         undo: takes back what the conversion to GGUF did to the values.
+        moved: the parts whose rows `undo` moves or turns: these it needs whole.
         keys: metadata key, without the architecture -> field of the configuration, beyond those
             that all share.
         facts: further fields of the configuration, from the file.
@@ -84,6 +86,7 @@ class Architecture:
 
     model_type: str
     undo: Undo = _as_is
+    moved: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     facts: Callable[[GgufFile], dict[str, Any]] = lambda _file: {}
 
@@ -128,16 +131,19 @@ def _falcon_facts(file: GgufFile) -> dict[str, Any]:
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "llama": Architecture("llama", _pair_halves, facts=_biases),  # Mistral says llama too
+        "llama": Architecture(
+            "llama", _pair_halves, ("attn_q", "attn_k"), facts=_biases
+        ),  # Mistral says llama too
         "qwen2": Architecture("qwen2"),
         "qwen3": Architecture("qwen3"),
         "phi3": Architecture("phi3", keys={"attention.sliding_window": "sliding_window"}),
         "gemma": Architecture("gemma", _minus_one),
-        "gemma2": Architecture("gemma2", _minus_one, _GEMMA2),
-        "gemma3": Architecture("gemma3_text", _minus_one, _GEMMA2),
+        "gemma2": Architecture("gemma2", _minus_one, keys=_GEMMA2),
+        "gemma3": Architecture("gemma3_text", _minus_one, keys=_GEMMA2),
         "gpt2": Architecture(
             "gpt2",
             _transpose,
+            _TURNED,
             {
                 "context_length": "n_positions",
                 "feed_forward_length": "n_inner",
@@ -147,6 +153,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "falcon": Architecture(
             "falcon",
             _group_heads,
+            ("attn_qkv",),
             {
                 "feed_forward_length": "ffn_hidden_size",
                 "attention.layer_norm_epsilon": "layer_norm_epsilon",
@@ -155,6 +162,68 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
     }
 )
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """The model that a GGUF file holds: its configuration, and its tensors by transformers' names.
+
+    Attributes:
+        stored: name in transformers -> name in the file, of every tensor.
+    """
+
+    file: GgufFile
+    architecture: Architecture
+    config: PreTrainedConfig
+    stored: Mapping[str, str]
+
+    @classmethod
+    def open(cls, path: str | Path) -> GgufModel:
+        """Read everything but the tensors' values.
+
+        Raises:
+            UserError: if the file is damaged, its architecture is not known, or it holds a tensor
+                that the architecture has not.
+        """
+        file = read_gguf(path)
+        architecture = _architecture(file)
+        config = _config(file, architecture)
+        expected = skeleton(config, repr(str(file.path))).state_dict()
+        return cls(file, architecture, config, _names(file, expected, config))
+
+    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """A tensor, or some of its rows, float32.
+
+        Raises:
+            UserError: if it cannot be dequantised or does not fit the configuration.
+        """
+        stored = self.stored[name]
+        moved = stored.split(".")[-2] in self.architecture.moved
+        try:
+            values = self.file.values(stored, slice(None) if moved else rows)
+            undone = self.architecture.undo(stored, values, self.config)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{str(self.file.path)!r}: tensor {stored!r} has shape "
+                f"{self.file.tensors[stored].shape}, which does not fit "
+                f"{self.config.num_attention_heads} heads"
+            ) from error
+        return torch.from_numpy(np.ascontiguousarray(undone[rows] if moved else undone))
+
+    def generation(self) -> GenerationConfig:
+        """How answers end: the file's end of sequence, and its ends of turn and of message."""
+
+        def of(key: str) -> Any:
+            return self.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+
+        ends = list(dict.fromkeys(end for end in map(of, ("eos", "eot", "eom")) if end is not None))
+        return GenerationConfig(  # type: ignore[no-untyped-call]
+            bos_token_id=of("bos"),
+            eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+            pad_token_id=of("padding"),
+        )
 
 
 def load_gguf(
@@ -169,18 +238,16 @@ def load_gguf(
         UserError: if the file is damaged, its architecture is not known, a tensor is missing or
             unknown, or its tokenizer cannot be built.
     """
-    file = read_gguf(path)
-    architecture = _architecture(file)
-    source = repr(str(file.path))
-    config = _config(file, architecture)
-    tokenizer = gguf_tokenizer(file, on_progress)
-    on_progress(f"dequantising {len(file.tensors)} tensors of {file.path.name}")
-    names = _names(file, skeleton(config, source).state_dict(), config)
-    tensors = {
-        name: torch.from_numpy(np.ascontiguousarray(_undone(file, stored, architecture, config)))
-        for stored, name in names.items()
-    }
-    model = assemble(config, tensors, source, dtype=dtype, generation=_generation(file))
+    whole = GgufModel.open(path)
+    tokenizer = gguf_tokenizer(whole.file, on_progress)
+    on_progress(f"dequantising {len(whole.file.tensors)} tensors of {whole.file.path.name}")
+    model = assemble(
+        whole.config,
+        {name: whole.tensor(name) for name in whole.stored},
+        repr(str(whole.file.path)),
+        dtype=dtype,
+        generation=whole.generation(),
+    )
     return model, tokenizer
 
 
@@ -269,7 +336,7 @@ def _check_llama3_rope(file: GgufFile, config: PreTrainedConfig) -> None:
 
 
 def _names(file: GgufFile, expected: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, str]:
-    """Name in the file -> name in transformers, for every tensor of the file.
+    """Name in transformers -> name in the file, for every tensor of the file.
 
     Raises:
         UserError: naming a tensor that the model has no place for.
@@ -288,32 +355,4 @@ def _names(file: GgufFile, expected: Mapping[str, Any], config: PreTrainedConfig
                 f"{str(file.path)!r}: tensor {stored!r} has no place in a "
                 f"{config.model_type} model of {config.num_hidden_layers} layers"
             )
-    return {stored: name for stored, name in names.items() if stored in file.tensors}
-
-
-def _undone(
-    file: GgufFile, stored: str, architecture: Architecture, config: PreTrainedConfig
-) -> Values:
-    try:
-        return architecture.undo(stored, file.values(stored), config)
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{str(file.path)!r}: tensor {stored!r} has shape {file.tensors[stored].shape}, which "
-            f"does not fit {config.num_attention_heads} heads"
-        ) from error
-
-
-def _generation(file: GgufFile) -> GenerationConfig:
-    """How answers end: the file's end of sequence, and its ends of turn and of message."""
-
-    def of(key: str) -> Any:
-        return file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-
-    ends = list(dict.fromkeys(end for end in map(of, ("eos", "eot", "eom")) if end is not None))
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        bos_token_id=of("bos"),
-        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
-        pad_token_id=of("padding"),
-    )
+    return {name: stored for stored, name in names.items() if stored in file.tensors}

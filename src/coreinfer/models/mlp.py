@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coreinfer.core.measures import ReadCost
 from coreinfer.errors import UserError
 from coreinfer.models.families import family_of
 
+SAMPLED_ROWS, SAMPLED_COLUMNS = 4, 64  # of each corner that a fingerprint looks at
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Where torch and transformers' own models define their linears.
 _OWN = ("torch.nn.modules.linear", "transformers.pytorch_utils", "transformers.models.")
@@ -156,12 +158,30 @@ def fingerprint(model: PreTrainedModel, layers: tuple[MlpLayer, ...]) -> str:
     It covers the architecture, the shapes, and a sample of every down projection rounded to
     bfloat16, so the same weights in float32 and bfloat16 have the same fingerprint.
     """
+    return fingerprint_of(
+        model.config,
+        [(layer.hidden_size, layer.num_neurons) for layer in layers],
+        (layer.output.weight.detach() for layer in layers),
+    )
+
+
+def fingerprint_of(
+    config: PreTrainedConfig, shapes: list[tuple[int, int]], downs: Iterable[Tensor]
+) -> str:
+    """The same of a model that is not loaded.
+
+    Args:
+        config: its configuration.
+        shapes: (d, D) of every MLP layer.
+        downs: of every layer, the down projection [d, D], or only its first and last
+            `SAMPLED_ROWS` rows.
+    """
     digest = hashlib.sha256()
-    shapes = [(layer.hidden_size, layer.num_neurons) for layer in layers]
-    digest.update(repr((model.config.model_type, shapes, model.config.vocab_size)).encode())
-    for layer in layers:
-        weight = layer.output.weight.detach()
-        sample = torch.cat([weight[:4, :64].reshape(-1), weight[-4:, -64:].reshape(-1)])
+    digest.update(repr((config.model_type, shapes, config.vocab_size)).encode())
+    rows, columns = SAMPLED_ROWS, SAMPLED_COLUMNS
+    for down in downs:
+        first, last = down[:rows, :columns], down[-rows:, -columns:]
+        sample = torch.cat([first.reshape(-1), last.reshape(-1)])
         rounded = sample.to(torch.bfloat16).cpu().view(torch.int16)
         digest.update(rounded.numpy().tobytes())
     return digest.hexdigest()
