@@ -50,7 +50,8 @@ def directions(vectors: Tensor, center: Tensor) -> Tensor:
     """
     centred = vectors - center
     smallest = 1e-5 * center.norm() + torch.finfo(torch.float32).tiny
-    return centred / centred.norm(dim=-1, keepdim=True).maximum(smallest)
+    lengths: Tensor = centred.norm(dim=-1, keepdim=True)
+    return centred / lengths.maximum(smallest)
 
 
 def cosines(vectors: Tensor, center: Tensor, centroids: Tensor) -> Tensor:
@@ -78,7 +79,10 @@ def cluster_vectors(vectors: Tensor, k: int | None, seed: int) -> Clustering:
         raise UserError(f"cannot make {k} clusters of {count} documents; ask for 1 to {count}")
     if not 0 <= seed < 2**32:
         raise UserError(f"the seed must be 0 to {2**32 - 1}, got {seed}")
-    center = (sum(block.double().sum(dim=0) for block in _blocks(vectors)) / count).float()
+    total = torch.zeros(vectors.shape[1], dtype=torch.float64)
+    for block in _blocks(vectors):
+        total += block.double().sum(dim=0)
+    center = (total / count).float()
     how_k: dict[str, Any] = {"rule": "given", "scores": {}}
     if k is None:
         sample = directions(_sample(vectors, SCORE_SAMPLE, seed), center)
@@ -136,4 +140,6 @@ def _k_means(points: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
         # Fewer distinct points than k; the clusters left empty are dropped by the caller.
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitted = KMeans(n_clusters=k, n_init=4, random_state=seed).fit(points.numpy())
-    return torch.from_numpy(fitted.cluster_centers_).float(), torch.from_numpy(fitted.labels_).long()
+    return torch.from_numpy(fitted.cluster_centers_).float(), torch.from_numpy(
+        fitted.labels_
+    ).long()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,17 @@ MAX_CHARS = 20_000  # about 5000 tokens: a longer document becomes several
 READ_BYTES = 2**20
 
 
+@dataclass(frozen=True)
+class Document:
+    """A document's text, and the line of the file on which it begins."""
+
+    line: int
+    text: str
+
+
 def read_corpus(
     path: str | Path, *, min_chars: int = 1, max_chars: int = MAX_CHARS, on_skip: OnSkip
-) -> Iterator[str]:
+) -> Iterator[Document]:
     """The documents of a corpus, one at a time.
 
     A `.jsonl` file holds one document a line: an object with `text` (or `prompt`), or a JSON
@@ -42,7 +51,7 @@ def read_corpus(
             text = piece.strip()
             if len(text) >= max(min_chars, 1):
                 usable = True
-                yield text
+                yield Document(line, text)
             else:
                 on_skip(
                     f"{str(path)!r}: line {line} has {len(text)} characters, fewer than {min_chars}"

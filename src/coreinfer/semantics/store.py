@@ -158,8 +158,7 @@ class ClusterStore:
             UserError: if it cannot be written, or something that is no store is there.
         """
         path = Path(path)
-        if path.exists() and not (path / DESCRIPTION).is_file():
-            raise UserError(f"{str(path)!r} exists and is no cluster store; choose another path")
+        require_place(path)
         tensors = {
             "center": self.center,
             "centroids": self.centroids,
@@ -220,8 +219,12 @@ class ClusterStore:
             raise UserError(f"{str(path)!r} is damaged: {error!r}") from None
 
 
+def require_place(path: Path) -> None:
+    """Raises UserError if something that is no store is where one is to be written."""
+    if path.exists() and not (path / DESCRIPTION).is_file():
+        raise UserError(f"{str(path)!r} exists and is no cluster store; choose another path")
+
+
 def _check(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise UserError(
-            f"{what} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-        )
+        raise UserError(f"{what} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
