@@ -1,0 +1,144 @@
+"""From what a prefill recorded to core sets and stand-ins: the same for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from coreinfer.backends.base import Choice
+from coreinfer.core.coreset import CoreSet
+from coreinfer.errors import UserError
+from coreinfer.recording import PromptRecorder, RecordingPlan
+from coreinfer.selectors import Selector
+from coreinfer.selectors.evidence import Evidence
+from coreinfer.standins import StandIn, StandInTerms
+
+Compact = TypeVar("Compact")
+
+
+class ModelView(Protocol):
+    """What selection needs to know of a model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def num_neurons(self) -> tuple[int, ...]: ...
+
+    def column_norms(self, layer: int) -> Tensor:
+        """|W_down[:, n]|_2, [D]."""
+        ...
+
+    def down(self, layer: int) -> Tensor:
+        """W_down, [d, D]; a stand-in is fitted on it and has its dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chosen(Generic[Compact]):
+    """The outcome for a batch: one choice a sequence, and the compact layers of all of them."""
+
+    choices: list[Choice]
+    compact: dict[int, Compact]
+
+
+def evidence_of(
+    model: ModelView,
+    recorders: Sequence[PromptRecorder],
+    texts: Sequence[str] | None = None,
+    futures: Sequence[PromptRecorder] | None = None,
+) -> list[Evidence]:
+    """What a selector sees of each recorded sequence.
+
+    Raises:
+        UserError: if a sequence has no token, or activations that are not finite.
+    """
+    found = []
+    for row, recorder in enumerate(recorders):
+        layers = recorder.statistics()
+        if not layers[0].tokens:
+            raise UserError("the prompt is empty: there is no token to choose core neurons from")
+        found.append(
+            Evidence(
+                layers=layers,
+                column_norms=model.column_norms,
+                halves=recorder.halves(),
+                future=None if futures is None else futures[row].statistics(),
+                text=None if texts is None else texts[row],
+            )
+        )
+    return found
+
+
+def choose(
+    model: ModelView,
+    recorders: Sequence[PromptRecorder],
+    evidence: Sequence[Evidence],
+    selector: Selector,
+    stand_in: StandIn | None,
+    compact_layer: Callable[[int, list[Tensor], list[StandInTerms] | None], Compact],
+) -> Chosen[Compact]:
+    """Select each sequence's core neurons, fit the stand-ins and make the layers smaller.
+
+    A layer that keeps all its neurons stays dense, so keeping 100 % is exactly dense decoding.
+
+    Args:
+        model: what is known of the model.
+        recorders, evidence: of each sequence.
+        selector, stand_in: the rule, and what takes the place of the dropped neurons.
+        compact_layer: makes a sparse layer from its index, the kept neurons of each sequence (all
+            of one length), and the stand-in of each, if there is one.
+
+    Raises:
+        UserError: if the selector does not fit the model.
+    """
+    selector.check(model.num_neurons, model.fingerprint, model.name)
+    asked, recorded = RecordingPlan.of(selector, stand_in), recorders[0].plan
+    if not recorded.covers(asked):
+        raise ValueError(f"the prefill recorded {recorded}, selection needs {asked}")
+    selections = [selector.select(one) for one in evidence]
+    compact: dict[int, Compact] = {}
+    stand_in_bytes = [0] * len(recorders)
+    for layer, size in enumerate(model.num_neurons):
+        kept = [s.layers[layer] for s in selections if layer in s.layers]
+        if not kept or kept[0].numel() == size:
+            continue
+        terms = None
+        if stand_in is not None:
+            down = model.down(layer)
+            terms = [
+                _fit(stand_in, down, recorder, layer, index)
+                for recorder, index in zip(recorders, kept, strict=True)
+            ]
+            for row, term in enumerate(terms):
+                stand_in_bytes[row] += term.num_weights * term.offset.element_size()
+        compact[layer] = compact_layer(layer, kept, terms)
+    choices = [
+        Choice(
+            CoreSet(
+                layers=selection.layers,
+                num_neurons=model.num_neurons,
+                model=model.name,
+                model_fingerprint=model.fingerprint,
+                selector=selector.describe(),
+            ),
+            bytes_,
+            selection.notes,
+        )
+        for selection, bytes_ in zip(selections, stand_in_bytes, strict=True)
+    ]
+    return Chosen(choices, compact)
+
+
+def _fit(
+    stand_in: StandIn, down: Tensor, recorder: PromptRecorder, layer: int, kept: Tensor
+) -> StandInTerms:
+    """The stand-in of one layer for the neurons that `kept` leaves out."""
+    dropped = torch.ones(down.shape[1], dtype=torch.bool)
+    dropped[kept.long()] = False
+    return stand_in.fit(recorder.sample(layer), down, dropped.nonzero().squeeze(-1).to(down.device))
