@@ -108,6 +108,7 @@ def test_a_model_that_is_there_in_part_is_downloaded(
 def test_what_goes_wrong_is_one_line(
     error: Callable[[], Exception], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "snapshot_download", Snapshots(None, error()))
     with pytest.raises(UserError) as caught:
         fetch("owner/name")
@@ -121,5 +122,5 @@ def test_offline_with_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.M
     # The real library, which the suite keeps off the network.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="owner/name"):
+    with pytest.raises(UserError, match=r"owner/name is not .* HF_HUB_OFFLINE is set"):
         fetch("owner/name")

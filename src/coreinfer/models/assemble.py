@@ -39,14 +39,14 @@ _MAX_BUFFER_ELEMENTS = 2**28  # masks and rotary tables; real ones stay far belo
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings: what matters of them is raised as an error."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
 
 
 def one_line(error: BaseException) -> str:

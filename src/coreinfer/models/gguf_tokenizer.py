@@ -93,7 +93,7 @@ def gguf_tokenizer(file: GgufFile, on_progress: Callable[[str], None]) -> PreTra
             backend, _ = convert_gguf_tokenizer(file.architecture, parts)
             if of("model") == "gpt2":
                 _set_split(backend, str(of("pre")), on_progress)
-            return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            return PreTrainedTokenizerFast(
                 tokenizer_object=backend,
                 **{name: tokens[index] for name, index in special.items() if index is not None},
                 add_bos_token=sentencepiece if add_bos is None else bool(add_bos),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -67,7 +67,7 @@ def fetch(model_id: str, on_progress: Callable[[str], None] = lambda _line: None
             f"the Hugging Face hub has no model {model_id!r} (or it is private: 'hf auth login')"
         ) from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        offline = isinstance(error, OfflineModeIsEnabled)
+        offline = constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled)
         why = "HF_HUB_OFFLINE is set" if offline else "the Hugging Face hub cannot be reached"
         raise UserError(
             f"{model_id} is not in the local cache, and {why}; "
