@@ -48,8 +48,9 @@ def test_variants_of_the_families() -> None:
     opt = DecoderConfig.from_hf(hf_config("opt"))
     assert (opt.norm, opt.activation, opt.gated, opt.rope) == ("layer", "relu", False, None)
     assert (opt.position_offset, opt.tied, opt.num_kv_heads) == (2, True, 4)
-    biased = DecoderConfig.from_hf(hf_config("llama", attention_bias=True, mlp_bias=True))
-    assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True,) * 3
+    biased = DecoderConfig.from_hf(hf_config("llama", attention_bias=True))
+    assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True, True, False)
+    assert opt.mlp_bias
 
 
 def test_a_sliding_window_bounds_the_context() -> None:
@@ -86,6 +87,7 @@ def test_rotary_frequencies_are_those_of_transformers(kind: str) -> None:
         ("gpt2", {}, "gpt2"),
         ("llama", {"hidden_act": "mish"}, "mish"),
         ("llama", {"rope_parameters": {**LLAMA3, "rope_type": "dynamic"}}, "dynamic"),
+        ("llama", {"mlp_bias": True}, "gated MLP with biases"),
         ("opt", {"do_layer_norm_before": False}, "350m"),
         ("opt", {"word_embed_proj_dim": 16}, "projected"),
         ("opt", {"_remove_final_layer_norm": True}, "norms"),
@@ -101,7 +103,7 @@ def test_what_is_not_done_is_refused_by_name_and_the_hf_backend_named(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}]
+    "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}]
 )
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_tensors_are_those_of_the_model_each_used_once(

@@ -183,6 +183,8 @@ def _llama(config: PreTrainedConfig) -> DecoderConfig:
     kind = config.model_type
     heads = config.num_attention_heads
     bias = kind != "mistral" and bool(getattr(config, "attention_bias", False))
+    if kind == "llama" and config.mlp_bias:
+        raise UserError(_unsupported("a gated MLP with biases"))
     windows = set(getattr(config, "layer_types", None) or [])
     if windows - {"full_attention", "sliding_attention"}:
         raise UserError(_unsupported(f"the attention {', '.join(sorted(windows))}"))
@@ -207,7 +209,7 @@ def _llama(config: PreTrainedConfig) -> DecoderConfig:
         position_offset=0,
         qkv_bias=bias or kind == "qwen2",
         o_bias=bias and kind != "qwen2",
-        mlp_bias=kind == "llama" and config.mlp_bias,
+        mlp_bias=False,
         qk_norm=kind == "qwen3",
         tied=bool(config.tie_word_embeddings),
         bos_token_id=_bos(config),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+from torch import Tensor
+
 from coreinfer.backends.native.architecture import DecoderConfig
+from coreinfer.errors import UserError
+from coreinfer.kernels.formats import WeightFormat
 
 
 class Role(Enum):
@@ -96,9 +101,7 @@ def _plans(config: DecoderConfig) -> Iterator[TensorPlan]:
         yield from _norm(config, f"{here}norm2", f"{there}{names.norm2}", d)
         yield TensorPlan(f"{here}mlp", Role.MLP, _weights(mlp), (neurons, d))
         if config.mlp_bias:
-            inputs = len(mlp) - 1
-            size = (inputs * neurons,)
-            yield TensorPlan(f"{here}mlp_in_bias", Role.VECTOR, _biases(mlp[:-1]), size)
+            yield TensorPlan(f"{here}mlp_in_bias", Role.VECTOR, _biases(mlp[:-1]), (neurons,))
             yield TensorPlan(f"{here}mlp_out_bias", Role.VECTOR, _biases(mlp[-1:]), (d,))
     yield from _norm(config, "final_norm", f"{names.root}{names.final_norm}", d)
     head = embed if config.tied else "lm_head.weight"
@@ -117,3 +120,47 @@ def _weights(modules: list[str]) -> tuple[str, ...]:
 
 def _biases(modules: list[str]) -> tuple[str, ...]:
     return tuple(f"{module}.bias" for module in modules)
+
+
+def encode(plan: TensorPlan, sources: Sequence[Tensor], weight_format: WeightFormat) -> Tensor:
+    """A tensor of a native model from the tensors it is made of.
+
+    Args:
+        plan: which tensor.
+        sources: the floating-point tensors that `plan.sources` names.
+        weight_format: of the linears; tables are bfloat16 whatever it is.
+
+    Returns:
+        uint8 records, or float32 for a vector.
+
+    Raises:
+        UserError: naming the tensor, if its shape is another than the configuration's, its rows
+            do not divide into groups, or a number is not finite.
+    """
+    parts = list(sources)
+    if plan.role is Role.MLP:
+        parts[-1] = parts[-1].t()  # a neuron's down column as a row
+    shapes = [tuple(part.shape) for part in parts]
+    if plan.role is Role.MLP:
+        fits = all(shape == plan.shape for shape in shapes)
+    else:
+        tails = {shape[1:] for shape in shapes}
+        fits = tails == {plan.shape[1:]} and sum(shape[0] for shape in shapes) == plan.shape[0]
+    names = ", ".join(plan.sources)
+    if not fits:
+        raise UserError(f"{names}: the shapes are not those that the configuration asks for")
+    try:
+        match plan.role:
+            case Role.VECTOR:
+                vector = torch.cat([part.detach().float() for part in parts])
+                if not bool(vector.isfinite().all()):
+                    raise UserError("numbers are not finite (NaN or infinity)")
+                return vector
+            case Role.TABLE:
+                return WeightFormat.named("bfloat16").quantize(parts[0])
+            case Role.LINEAR:
+                return torch.cat([weight_format.quantize(part) for part in parts])
+            case Role.MLP:
+                return torch.cat([weight_format.quantize(part) for part in parts], dim=1)
+    except UserError as error:
+        raise UserError(f"{names}: {error}") from None

@@ -1,0 +1,45 @@
+"""Products with stored weights in torch: dequantised to a compute dtype, added up in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coreinfer.kernels.formats import WeightFormat
+
+
+@dataclass(frozen=True)
+class Products:
+    """Multiplies float32 activations by stored weights.
+
+    Attributes:
+        format: of the weights.
+        dtype: that weights and activations are multiplied in. In float16 a product that overflows
+            is computed again in float32.
+    """
+
+    format: WeightFormat
+    dtype: torch.dtype
+
+    def linear(self, x: Tensor, records: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [N, C], records of W [R, C], bias [R] -> x W^T + bias, [N, R] float32."""
+        return _plus(self._product(x, records, x.shape[1], transposed=True), bias)
+
+    def down(self, h: Tensor, records: Tensor, size: int, bias: Tensor | None = None) -> Tensor:
+        """h [N, K], records of columns [K, d = size], bias [d] -> [N, d] float32."""
+        return _plus(self._product(h, records, size, transposed=False), bias)
+
+    def _product(self, x: Tensor, records: Tensor, columns: int, *, transposed: bool) -> Tensor:
+        for dtype in (self.dtype, torch.float32):
+            weights = self.format.dequantize(records, columns, dtype)
+            y = (x.to(dtype) @ (weights.t() if transposed else weights)).float()
+            # A sum is cheaper to look at than every number, and as infinite as any of them.
+            if dtype is not torch.float16 or bool(y.sum().isfinite()):
+                break
+        return y
+
+
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y.add_(bias)

@@ -1,0 +1,167 @@
+"""Sessions of the native backend: dense prefill, selection, sparse decode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coreinfer.backends.base import Choice, Phase
+from coreinfer.backends.choose import choose, evidence_of
+from coreinfer.backends.native.cache import KvCache
+from coreinfer.backends.native.mlp import CoreMlp, Mlps, gather
+from coreinfer.errors import UserError
+from coreinfer.recording import BatchWindows, PromptRecorder, RecordingPlan
+from coreinfer.selectors import Selector
+from coreinfer.selectors.evidence import Evidence
+from coreinfer.standins import StandIn, StandInTerms
+
+if TYPE_CHECKING:
+    from coreinfer.backends.native.backend import NativeBackend
+
+
+class NativeSession:
+    """A batch of sequences on a `NativeBackend`. See `coreinfer.backends.base.Session`.
+
+    Sequences are never padded: each has a KV cache of its own length.
+    """
+
+    def __init__(self, backend: NativeBackend, plan: RecordingPlan) -> None:
+        self._backend = backend
+        self._plan = plan
+        self._caches: list[KvCache] = []
+        self._windows = BatchWindows(0, None)
+        self._recorders: list[PromptRecorder] = []
+        self._futures: list[PromptRecorder] | None = None
+        self._texts: list[str] | None = None
+        self._core: dict[int, list[CoreMlp]] = {}
+        self._shared = False  # the recorders are also those of a fork
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence so far."""
+        return [cache.length for cache in self._caches]
+
+    def prefill(
+        self, token_ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None
+    ) -> Tensor:
+        if not all(token_ids):
+            raise UserError("the prompt is empty: there is no token to read")
+        if not self._recorders:
+            bos = self._backend.weights.config.bos_token_id
+            self._windows = BatchWindows(len(token_ids), bos)
+            self._recorders = self._new_recorders(len(token_ids))
+            self._caches = [self._backend.new_cache() for _ in token_ids]
+        elif self._shared:
+            self._windows = copy.deepcopy(self._windows)
+            self._recorders = copy.deepcopy(self._recorders)
+        self._shared = False
+        self._futures = None
+        self._texts = None if texts is None else list(texts)
+        hidden = self._record(token_ids, self._recorders, self._windows)
+        return self._backend.decoder.logits(hidden)
+
+    def look_ahead(self, token_ids: Sequence[Sequence[int]]) -> None:
+        ahead = self.fork()
+        self._futures = self._new_recorders(len(token_ids))
+        ahead._record(token_ids, self._futures, copy.deepcopy(self._windows))
+
+    def evidence(self) -> list[Evidence]:
+        return evidence_of(self._backend.weights, self._recorders, self._texts, self._futures)
+
+    @torch.no_grad()
+    def select(self, selector: Selector, stand_in: StandIn | None = None) -> list[Choice]:
+        chosen = choose(
+            self._backend.weights,
+            self._recorders,
+            self.evidence(),
+            selector,
+            stand_in,
+            self._gather,
+        )
+        self._core = chosen.compact
+        return chosen.choices
+
+    @torch.no_grad()
+    def decode(self, token_ids: Sequence[Sequence[int]], phase: Phase = Phase.DECODE) -> Tensor:
+        lengths = [len(row) for row in token_ids]
+        vocab = self._backend.weights.config.vocab_size
+        found = torch.zeros(len(lengths), max(lengths), vocab)
+        if not any(lengths):
+            return found
+        decoder = self._backend.decoder
+        mlps = Mlps(decoder.weights, decoder.products, core=self._core, lengths=lengths)
+        logits = decoder.logits(decoder.read(token_ids, self._caches, mlps))
+        for row, part in zip(found, logits.split(lengths), strict=True):
+            row[: len(part)] = part
+        return found
+
+    def fork(self) -> NativeSession:
+        twin = copy.copy(self)
+        twin._caches = [cache.fork() for cache in self._caches]
+        self._shared = twin._shared = True
+        return twin
+
+    def _new_recorders(self, batch: int) -> list[PromptRecorder]:
+        config = self._backend.weights.config
+        sizes = [(config.num_neurons, config.hidden_size)] * config.num_layers
+        return [PromptRecorder(self._plan, sizes) for _ in range(batch)]
+
+    def _gather(
+        self, layer: int, kept: list[Tensor], terms: list[StandInTerms] | None
+    ) -> list[CoreMlp]:
+        stand_ins = [None] * len(kept) if terms is None else terms
+        return [
+            gather(self._backend.weights, layer, index, stand_in)
+            for index, stand_in in zip(kept, stand_ins, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _record(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        recorders: Sequence[PromptRecorder],
+        windows: BatchWindows,
+    ) -> Tensor:
+        """A dense pass, part by part, shown to the recorders.
+
+        Returns:
+            The hidden state of each sequence's last token, [B, d]; zero where it got none.
+        """
+        decoder = self._backend.decoder
+        windows.expect([len(row) for row in token_ids])
+        last = torch.zeros(len(token_ids), decoder.config.hidden_size)
+        for part in in_parts(token_ids, self._backend.prefill_chunk):
+            lengths = torch.tensor([len(row) for row in part])
+            owner = torch.repeat_interleave(torch.arange(len(part)), lengths)
+            ids = torch.tensor([token for row in part for token in row]).expand(len(part), -1)
+            seen = windows.advance(owner == torch.arange(len(part)).unsqueeze(1), ids)
+
+            def observe(layer: int, x: Tensor, h: Tensor) -> None:
+                for recorder, window in zip(recorders, seen, strict=True):  # noqa: B023
+                    recorder.observe(layer, x[window.columns], h[window.columns], window)
+
+            mlps = Mlps(decoder.weights, decoder.products, observe=observe)
+            hidden = decoder.read(part, self._caches, mlps)
+            ends = lengths.cumsum(0) - 1
+            last[lengths > 0] = hidden[ends[lengths > 0]]
+        return last
+
+
+def in_parts(token_ids: Sequence[Sequence[int]], size: int) -> Iterator[list[list[int]]]:
+    """Consecutive tokens of all sequences, `size` at a time, one sequence after the other."""
+    part: list[list[int]] = [[] for _ in token_ids]
+    room = size
+    for row, tokens in enumerate(token_ids):
+        rest = list(tokens)
+        while rest:
+            part[row] += rest[:room]
+            rest, room = rest[room:], room - min(room, len(rest))
+            if room == 0:
+                yield part
+                part, room = [[] for _ in token_ids], size
+    if any(part):
+        yield part
