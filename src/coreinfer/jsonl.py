@@ -38,9 +38,9 @@ def open_to_read(path: str | Path) -> Iterator[BinaryIO]:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
 
 
-def not_utf8(path: str | Path, line: int) -> UserError:
-    """The error for text in another encoding; the line says where it shows."""
-    return UserError(f"{str(path)!r}: line {line} is not UTF-8; convert the file to UTF-8")
+def not_utf8(path: str | Path, line: int) -> str:
+    """What is wrong with text in another encoding; the line says where it shows."""
+    return f"{str(path)!r}: line {line} is not UTF-8; convert the file to UTF-8"
 
 
 def is_text(value: object) -> TypeGuard[str]:
@@ -57,11 +57,11 @@ def is_text(value: object) -> TypeGuard[str]:
 def read_json_lines(path: str | Path, on_skip: OnSkip = refuse) -> Iterator[tuple[int, Any]]:
     """The values of a JSON Lines file with their line numbers (from 1), one at a time.
 
-    Blank lines are passed over. A line that is not JSON, or is longer than MAX_LINE_BYTES, goes to
-    `on_skip` as one line of text; what follows it is still read.
+    Blank lines are passed over. A line that is not UTF-8, is not JSON, or is longer than
+    MAX_LINE_BYTES goes to `on_skip` as one line of text; what follows it is still read.
 
     Raises:
-        UserError: if the file is missing, unreadable or not UTF-8; or what `on_skip` raises.
+        UserError: if the file is missing or unreadable; or what `on_skip` raises.
     """
     for number, raw in _lines(path):
         if raw is None:
@@ -70,7 +70,8 @@ def read_json_lines(path: str | Path, on_skip: OnSkip = refuse) -> Iterator[tupl
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
-            raise not_utf8(path, number) from None
+            on_skip(not_utf8(path, number))
+            continue
         if not line.strip():
             continue
         try:
@@ -92,8 +93,8 @@ def read_jsonl(
         on_skip: told of each bad line, which is then skipped; the default refuses the file.
 
     Raises:
-        UserError: if the file is missing, unreadable, not UTF-8 or without a usable line; or what
-            `on_skip` raises.
+        UserError: if the file is missing, unreadable or without a usable line; or what `on_skip`
+            raises.
     """
     usable = False
     for number, value in read_json_lines(path, on_skip):

@@ -39,7 +39,8 @@ def read_corpus(
         on_skip: told of everything that is skipped, by line number; the rest is still read.
 
     Raises:
-        UserError: if the file is missing, unreadable, not UTF-8 or without a usable document.
+        UserError: if the file is missing, unreadable, text that is not UTF-8, or without a usable
+            document.
     """
     if Path(path).suffix.lower() == ".jsonl":
         documents = _json_documents(path, on_skip)
@@ -92,10 +93,12 @@ def _json_documents(path: str | Path, on_skip: OnSkip) -> Iterator[tuple[int, st
 
 def _paragraphs(path: str | Path, max_chars: int) -> Iterator[tuple[int, str]]:
     """(number of the first line, text) of each paragraph, in parts where it is long."""
-    first, held = 1, ""
+    first, last, held = 1, 0, ""
     for number, part in _text_lines(path):
-        if part.strip():
+        # What ends a paragraph is a blank line, not a blank part of a long one.
+        if part.strip() or (held and number == last):
             first = first if held else number
+            last = number
             held += part
             # Handed on as soon as it is long, cut where `_pieces` would cut the whole of it.
             while len(held) > max_chars:
@@ -119,10 +122,11 @@ def _text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
             try:
                 text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError:
-                raise not_utf8(path, number) from None
+                raise UserError(not_utf8(path, number)) from None
             if not raw:
                 return
-            yield number, text
+            if text:
+                yield number, text
             number += raw.endswith(b"\n")
 
 
