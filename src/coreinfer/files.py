@@ -38,7 +38,7 @@ def replace_when_done(path: str | Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         partial = folder / path.name
         yield partial
-        _replace(partial, path, folder / "replaced")
+        replace(partial, path, folder / "replaced")
     except OSError as error:
         raise UserError(describe_os_error(error, path)) from error
     except SafetensorError as error:  # safetensors wraps the operating system's own error
@@ -48,8 +48,12 @@ def replace_when_done(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial.parent, ignore_errors=True)
 
 
-def _replace(new: Path, path: Path, aside: Path) -> None:
-    """Rename `new` over `path`; a folder that is there is moved aside first, or stays."""
+def replace(new: Path, path: Path, aside: Path) -> None:
+    """Rename `new` over `path`; a folder that is there is moved to `aside` first, or stays.
+
+    Raises:
+        OSError: if the file system refuses.
+    """
     if path.is_dir() and new.is_dir():
         path.rename(aside)
     try:
