@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -137,18 +132,10 @@ def test_the_fingerprint_tells_architectures_apart() -> None:
     assert len({print_of(tiny_model(family)) for family in CONFIGS}) == len(CONFIGS)
 
 
-def test_the_fingerprint_is_stable_across_processes() -> None:
-    code = (
-        "from tests.hf.test_model_view import print_of\n"
-        "from tests.tiny import tiny_model\n"
-        "print(print_of(tiny_model('gpt2')))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert run.stdout.split()[-1] == print_of(tiny_model("gpt2"))
+def test_the_fingerprint_is_the_same_everywhere() -> None:
+    """Core sets and stores travel: the value is pinned, so no process or release may change it."""
+    model = tiny_model("llama")
+    for index in range(L):
+        weight = down_weight(model, index)
+        weight.copy_(torch.arange(weight.numel()).view_as(weight) / 1000 - index)
+    assert print_of(model) == "08ac13d78cbb4527da0547b41a64b0f5adebbfd969ef157dc90680865e92b127"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coreinfer.backends.base import Phase
-from coreinfer.backends.hf.session import HfSession
+from coreinfer.backends.hf.session import HfBackend, HfSession
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors import Griffin, Impact, Oracle, Selector, Stability
@@ -20,12 +20,11 @@ from tests.hf.reference import (
     activations,
     cache_of,
     core_set,
-    down,
-    down_weight,
+    hooked,
     masked,
     sparse_greedy,
 )
-from tests.tiny import BOS, CONFIGS, tiny_backend
+from tests.tiny import BOS, CONFIGS, tiny_backend, tiny_model, tiny_tokenizer
 
 A = [5, 77, 200, 13, 13, 8, 250, 99, 41, 5, 77]
 B = [90, 91, 200]
@@ -62,8 +61,10 @@ def same_evidence(one: Evidence, two: Evidence, atol: float = 1e-4) -> None:
                 close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=atol)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("chunk", [1, 3, 7])
+@pytest.mark.parametrize(
+    ("family", "chunk"),
+    [*((family, 3) for family in CONFIGS), *((f, c) for f in ("llama", "opt") for c in (1, 7))],
+)
 def test_a_chunked_prefill_equals_a_whole_one(family: str, chunk: int) -> None:
     whole, parts = start(family, halves=True), start(family, halves=True, prefill_chunk=chunk)
     prompts = [[BOS, *A], B, A[::-1]]
@@ -88,8 +89,13 @@ def test_a_prefill_in_several_calls_equals_one(family: str) -> None:
         close(calls.decode(ids), whole.decode(ids), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("stand_in", [None, Mean(), Linear(rank=4)])
+@pytest.mark.parametrize(
+    ("family", "stand_in"),
+    [
+        *((family, None) for family in CONFIGS),
+        *((family, other) for family in ("phi3", "opt") for other in (Mean(), Linear(rank=4))),
+    ],
+)
 def test_a_batch_equals_each_alone(family: str, stand_in: StandIn | None) -> None:
     prompts = [A, B, [BOS, 9], [7]]
     batch = start(family, stand_in=stand_in)
@@ -116,12 +122,22 @@ def test_several_tokens_at_once_equal_one_by_one(family: str) -> None:
     close(at_once[1, :2], one_by_one[1, :2], rtol=1e-4, atol=1e-4)
 
 
+def test_alibi_in_a_padded_batch() -> None:
+    backend = HfBackend(tiny_model("falcon", alibi=True), tiny_tokenizer(), "t", prefill_chunk=4)
+    batch = backend.start(RecordingPlan.of(RULE))
+    logits = batch.prefill([A, B])
+    chosen = sets(batch.select(RULE))
+    steps = batch.decode([[1, 2], [1, 2]])
+    for row, prompt in enumerate((A, B)):
+        alone = backend.start(RecordingPlan.of(RULE))
+        close(alone.prefill([prompt])[0], logits[row], rtol=1e-4, atol=1e-4)
+        assert sets(alone.select(RULE)) == chosen[row : row + 1]
+        close(alone.decode([[1, 2]])[0], steps[row], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
 def test_sliding_windows(family: str) -> None:
     """A prompt longer than the window, padded, chunked, and decoded further."""
-    from coreinfer.backends.hf.session import HfBackend
-    from tests.tiny import tiny_model, tiny_tokenizer
-
     model = tiny_model(family, sliding_window=5)
     for chunk in (2, 100):
         backend = HfBackend(model, tiny_tokenizer(), "t", prefill_chunk=chunk)
@@ -202,8 +218,6 @@ def test_a_plan_that_recorded_too_little_is_refused() -> None:
 @torch.no_grad()
 def _turns(model: Any, turns: list[list[int]], answers: list[list[int]]) -> tuple[list[Any], Any]:
     """By hooks: each turn dense, its answer with the core set of all turns; logits of all."""
-    from tests.hf.reference import hooked
-
     seen: dict[int, list[Tensor]] = {}
     cache: dict[str, Any] = {}
     logits, kept = [], {}
@@ -279,61 +293,6 @@ def test_look_ahead_moves_nothing() -> None:
     session.prefill([[1], [2]])
     with pytest.raises(UserError, match="oracle"):  # that future is past
         session.select(Oracle())
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("name", ["none", "mean", "linear"])
-def test_stand_ins_are_the_written_formula(family: str, name: str) -> None:
-    """y = W_core h_core + bias + offset + left right x, layer by layer, in one decode pass."""
-    stand_in = {"none": None, "mean": Mean(), "linear": Linear(rank=3)}[name]
-    session = start(family, stand_in=stand_in)
-    model = session._backend.model
-    session.prefill([A])
-    (choice,) = session.select(RULE, stand_in)
-    kept = sets([choice])[0]
-    rests: list[Tensor] = []
-    for layer, (x, h) in enumerate(activations(model, A)):
-        rest = [n for n in range(h.shape[1]) if n not in kept[layer]]
-        r = h[1:, rest].double() @ down_weight(model, layer)[:, rest].double().t()
-        x = x[1:].double()  # the first token, a sink, is left out of the fit
-        mean, x_mean = r.mean(dim=0), x.mean(dim=0)
-        slope = torch.zeros(len(mean), len(x_mean), dtype=torch.float64)
-        if name == "linear":
-            slope = _ridge(x - x_mean, r - mean, 0.3, 3)
-        rests.append((mean, x_mean, slope))
-    with torch.no_grad():
-        out = model(torch.tensor([A]), use_cache=True)
-    handles = []
-    for layer, (mean, x_mean, slope) in enumerate(rests if stand_in else []):
-        inputs: list[Tensor] = []
-        first = session._backend.anatomy.layers[layer].inputs[0].module
-
-        def see(_m: Any, args: Any, inputs: list[Tensor] = inputs) -> None:
-            inputs.append(args[0])
-
-        def add(
-            _m: Any, _a: Any, y: Tensor, inputs: Any = inputs, terms: Any = (mean, x_mean, slope)
-        ) -> Tensor:
-            offset, centre, matrix = terms
-            return y + (offset + (inputs[-1].double() - centre) @ matrix.t()).to(y.dtype)
-
-        handles.append(first.register_forward_pre_hook(see))
-        handles.append(down(model, layer).register_forward_hook(add))
-    with masked(model, kept), torch.no_grad():
-        want = model(torch.tensor([[17]]), **cache_of(model, out)).logits[0, -1]
-    for handle in handles:
-        handle.remove()
-    close(session.decode([[17]])[0, -1], want, rtol=1e-3, atol=1e-3)
-
-
-def _ridge(x: Tensor, r: Tensor, ridge: float, rank: int) -> Tensor:
-    """The reduced-rank ridge regression in its primal form: [d_r, d_x]."""
-    penalty = ridge * x.square().sum(dim=1).mean()
-    tall = torch.cat([x, penalty.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
-    target = torch.cat([r, torch.zeros(x.shape[1], r.shape[1], dtype=x.dtype)])
-    full = torch.linalg.lstsq(tall, target).solution  # [d_x, d_r]
-    basis = torch.linalg.svd(tall @ full, full_matrices=False).Vh[:rank]
-    return (full @ basis.t() @ basis).t()
 
 
 def test_the_last_prompt_token_is_fed_once() -> None:

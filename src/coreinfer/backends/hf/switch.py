@@ -7,7 +7,7 @@ to the model's own code, so one mechanism serves every family.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 
 class Override:
-    """An attribute that shadows the class's on one object, until it is removed."""
+    """An attribute that shadows the class's on one object, while it is installed."""
 
     def __init__(self, owner: object, name: str, value: Any) -> None:
         self._attributes = owner.__dict__
@@ -30,38 +30,41 @@ class Override:
         self._own: list[Any] = []  # what the object had there itself, where another tool set it
 
     def install(self) -> None:
-        if self._name in self._attributes:
-            self._own.append(self._attributes[self._name])
+        self._own = [self._attributes[self._name]] if self._name in self._attributes else []
         self._attributes[self._name] = self._value
 
     def remove(self) -> None:
-        del self._attributes[self._name]
-        if self._own:
-            self._attributes[self._name] = self._own.pop()
+        """Put back what was there; nothing happens where it is not installed."""
+        if self._attributes.get(self._name) is self._value:
+            if self._own:
+                self._attributes[self._name] = self._own.pop()
+            else:
+                del self._attributes[self._name]
 
 
-class Route:
-    """Takes the place of one linear's `forward` while it is installed."""
+class Route(Override):
+    """Takes the place of one linear's `forward`."""
 
     def __init__(
         self, module: nn.Module, handler: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
     ) -> None:
+        super().__init__(module, "forward", self)
         self._module = module
         self._handler = handler
-        self._override = Override(module, "forward", self)
         self._dense: Callable[[Tensor], Tensor] = module.forward
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._handler(self._dense, x)
 
     def install(self) -> None:
-        if isinstance(self._module.forward, Route):
-            raise RuntimeError("the model is already inside coreinfer.sparse()")
-        self._dense = self._module.forward
-        self._override.install()
-
-    def remove(self) -> None:
-        self._override.remove()
+        """Raises RuntimeError if another route is there."""
+        dense = self._module.forward
+        if isinstance(dense, Route):
+            raise RuntimeError(
+                "the model is already inside coreinfer.sparse(), or a session is computing with it"
+            )
+        self._dense = dense
+        super().install()
 
 
 class MlpSwitch:
@@ -129,10 +132,12 @@ class Switchboard:
 
 
 @contextmanager
-def installed(parts: Sequence[Route | Override]) -> Iterator[None]:
+def installed(parts: Sequence[Override]) -> Iterator[None]:
     """Install all of them; on leaving, or if one refuses, those that are in are removed again."""
-    with ExitStack() as stack:
+    try:
         for part in parts:
             part.install()
-            stack.callback(part.remove)
         yield
+    finally:
+        for part in reversed(parts):
+            part.remove()
