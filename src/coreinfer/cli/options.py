@@ -221,6 +221,22 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "(default: 1)",
     )
     group.add_argument(
+        "--min-p",
+        type=number,
+        default=0.0,
+        metavar="P",
+        help="sample among the tokens at least P times as likely as the likeliest, 0 (all, the "
+        "default) to 1",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=number,
+        default=1.0,
+        metavar="R",
+        help="make tokens that are in the prompt or the answer already less likely: above 1; "
+        "counts in greedy decoding too (default: 1, none)",
+    )
+    group.add_argument(
         "--stop",
         action="append",
         default=[],
@@ -308,6 +324,8 @@ def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
         "seed": args.seed,
         "stop": tuple(args.stop),
         "ignore_eos": args.ignore_eos,

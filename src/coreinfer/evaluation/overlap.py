@@ -32,7 +32,7 @@ def growing_sets(
     session = backend.start(RecordingPlan.of(selector))
     sets, before = [], 0
     for length in lengths:
-        prefill_on(backend, session, [prompt[before:length]], [before])
+        prefill_on(backend, session, [prompt[before:length]], [prompt[:before]])
         sets.append(session.select(selector)[0].core_set)
         before = length
     return sets

@@ -18,7 +18,7 @@ from coreinfer.standins import StandIn
 
 @dataclass
 class _Turns:
-    """What a session has read: `text` as text, `tokens` of it as tokens in the KV cache.
+    """What a session has read: as text, and as the tokens that are in its KV cache.
 
     `pending` is the last token drawn: a token is fed only when another one is to follow it.
     """
@@ -26,7 +26,7 @@ class _Turns:
     session: Session
     plan: RecordingPlan
     text: str
-    tokens: int
+    tokens: list[int]
     pending: list[int]
 
 
@@ -84,7 +84,7 @@ class Conversation:
                         session=read.session,
                         plan=plan,
                         text=text + record.text,
-                        tokens=read.prompt_tokens[0] + record.generated_tokens - 1,
+                        tokens=read.tokens[0] + record.token_ids[:-1],
                         pending=[] if record.finish_reason == "eos" else record.token_ids[-1:],
                     )
             yield piece

@@ -25,14 +25,19 @@ class Prefilled:
     Attributes:
         session: its session; `continue_from` moves it on.
         logits: [B, V], what follows each sequence.
-        prompt_tokens: tokens of each sequence, those of earlier turns included.
+        tokens: what each sequence has read, earlier turns included.
         seconds: what the prefill took.
     """
 
     session: Session
     logits: Tensor
-    prompt_tokens: list[int]
+    tokens: list[list[int]]
     seconds: float
+
+    @property
+    def prompt_tokens(self) -> list[int]:
+        """How many tokens each sequence has read."""
+        return [len(row) for row in self.tokens]
 
     def fork(self) -> Prefilled:
         """The same on a session of its own, so that this one can be continued again."""
@@ -60,28 +65,28 @@ def prefill(
     Raises:
         UserError: if a prompt leaves no room in the model's context.
     """
-    return prefill_on(backend, backend.start(plan), token_ids, [0] * len(token_ids), texts)
+    return prefill_on(backend, backend.start(plan), token_ids, [[]] * len(token_ids), texts)
 
 
 def prefill_on(
     backend: Backend,
     session: Session,
     token_ids: Sequence[Sequence[int]],
-    before: Sequence[int],
+    before: Sequence[Sequence[int]],
     texts: Sequence[str] | None = None,
 ) -> Prefilled:
-    """Read more on a session whose sequences have `before` tokens: the next turn of a chat.
+    """Read more on a session whose sequences have read `before`: the next turn of a chat.
 
     Raises:
         UserError: if a sequence leaves no room in the model's context.
     """
-    totals = [old + len(row) for old, row in zip(before, token_ids, strict=True)]
-    for total in totals:
-        require_room(backend, total)
+    tokens = [[*old, *row] for old, row in zip(before, token_ids, strict=True)]
+    for row in tokens:
+        require_room(backend, len(row))
     began = perf_counter()
     logits = session.prefill(token_ids, texts)
     backend.synchronize()
-    return Prefilled(session, logits, totals, perf_counter() - began)
+    return Prefilled(session, logits, tokens, perf_counter() - began)
 
 
 def generate(
@@ -126,7 +131,7 @@ def continue_from(
     choices = session.select(selector, stand_in)
     backend.synchronize()
     select_s = perf_counter() - began
-    answers = [_Answer(backend, params, tokens) for tokens in read.prompt_tokens]
+    answers = [_Answer(backend, params, prompt) for prompt in read.tokens]
     steps = _decode(session, read.logits, answers)
     seconds: list[float] = []  # of each step; what the reader of the stream does is not in it
     began = perf_counter()
@@ -170,7 +175,8 @@ def continue_from(
 class _Answer:
     """The tokens and text of one sequence while it is decoded."""
 
-    def __init__(self, backend: Backend, params: SamplingParams, prompt_tokens: int) -> None:
+    def __init__(self, backend: Backend, params: SamplingParams, prompt: Sequence[int]) -> None:
+        self._prompt = prompt
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.stream = TextStream(backend.tokenizer, params.stop)
@@ -178,13 +184,13 @@ class _Answer:
         self._eos = frozenset() if params.ignore_eos else backend.eos_token_ids
         self._limit = params.max_new_tokens
         if backend.context_length is not None:
-            self._limit = min(self._limit, backend.context_length - prompt_tokens)
+            self._limit = min(self._limit, backend.context_length - len(prompt))
 
     def step(self, logits: Tensor) -> str:
         """Draw a token from logits [V]; the text that becomes certain by it."""
         if self.finish_reason is not None:
             return ""
-        token = self._sample(logits)
+        token = self._sample(logits, [*self._prompt, *self.tokens])
         self.tokens.append(token)
         if token in self._eos:
             self.finish_reason = "eos"
@@ -209,7 +215,7 @@ def _decode(session: Session, logits: Tensor, answers: Sequence[_Answer]) -> Ite
 
 def _dense_answers(backend: Backend, read: Prefilled, params: SamplingParams) -> list[list[int]]:
     """What dense decoding says, for the oracle to look at."""
-    answers = [_Answer(backend, params, tokens) for tokens in read.prompt_tokens]
+    answers = [_Answer(backend, params, prompt) for prompt in read.tokens]
     for _ in _decode(read.session.fork(), read.logits, answers):
         pass
     return [answer.tokens for answer in answers]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -26,6 +29,11 @@ class SamplingParams:
         temperature: 0 is greedy; above 0 samples.
         top_k: sample among the k likeliest tokens; 0 is all.
         top_p: sample among the likeliest tokens that hold this much probability, in (0, 1].
+        min_p: sample among the tokens at least this times as likely as the likeliest, in [0, 1];
+            0 is all.
+        repetition_penalty: divides the positive logits of tokens that are in the prompt or the
+            answer already, and multiplies the negative ones; above 0, 1 changes nothing. It counts
+            in greedy decoding too.
         seed: of the sampling; every sequence has a generator of its own, so a prompt's output
             does not depend on what runs beside it.
         stop: texts that end the answer; they are not part of it.
@@ -39,6 +47,8 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -52,6 +62,12 @@ class SamplingParams:
             raise UserError(f"top_k must be 0 (all) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be 0 (all) to 1, got {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(
+                f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}"
+            )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"the seed must be 0 or more, got {self.seed}")
         if "" in self.stop:
@@ -64,6 +80,9 @@ class Sampler:
     def __init__(self, params: SamplingParams) -> None:
         self._greedy = params.temperature == 0
         self._generator = torch.Generator().manual_seed(params.seed)
+        self._penalty: LogitsProcessor | None = None
+        if params.repetition_penalty != 1:
+            self._penalty = RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
         self._warpers: list[LogitsProcessor] = []
         if not self._greedy:
             self._warpers.append(TemperatureLogitsWarper(float(params.temperature)))
@@ -71,13 +90,23 @@ class Sampler:
             self._warpers.append(TopKLogitsWarper(params.top_k))
         if params.top_p < 1:
             self._warpers.append(TopPLogitsWarper(params.top_p))
+        if params.min_p > 0:
+            self._warpers.append(MinPLogitsWarper(float(params.min_p)))
 
-    def __call__(self, logits: Tensor) -> int:
-        """The next token after logits [V]."""
-        if self._greedy:
-            return int(logits.argmax())
+    def __call__(self, logits: Tensor, so_far: Sequence[int] = ()) -> int:
+        """The next token.
+
+        Args:
+            logits: [V].
+            so_far: the tokens before it, prompt and answer, which a repetition penalty is about.
+        """
         scores = logits.float().unsqueeze(0)
-        no_history = torch.empty(1, 0, dtype=torch.long)
+        history = torch.empty(1, 0, dtype=torch.long)
+        if self._penalty is not None:
+            history = torch.tensor([list(so_far)], dtype=torch.long)
+            scores = self._penalty(history, scores)
+        if self._greedy:
+            return int(scores[0].argmax())
         for warper in self._warpers:
-            scores = warper(no_history, scores)
+            scores = warper(history, scores)
         return int(torch.multinomial(scores.softmax(dim=-1)[0], 1, generator=self._generator))
