@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +49,13 @@ def replace_when_done(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial.parent, ignore_errors=True)
 
 
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what writers of `path` that were killed have left beside it."""
+    path = Path(path)
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def replace(new: Path, path: Path, aside: Path) -> None:
     """Rename `new` over `path`; a folder that is there is moved to `aside` first, or stays.
 
@@ -58,7 +66,7 @@ def replace(new: Path, path: Path, aside: Path) -> None:
         path.rename(aside)
     try:
         new.replace(path)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         if aside.exists():
             aside.rename(path)
         raise

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from coreinfer.backends.base import Backend
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.errors import UserError, require_ratio, require_whole
+from coreinfer.files import remove_leftovers
 from coreinfer.jsonl import OnSkip
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors.evidence import Evidence
@@ -130,6 +131,7 @@ def build_clusters(
             how_k=clustering.how_k,
         )
         store.save(out)
+        remove_leftovers(out)  # of a run that was killed while it saved
     return store
 
 
