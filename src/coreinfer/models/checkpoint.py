@@ -43,10 +43,7 @@ def load_folder(
     """
     folder = Path(folder)
     values = read_config(folder)
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise UserError(
-            f"{str(folder)!r} has no tokenizer; put the model's tokenizer.json beside its weights"
-        )
+    require_tokenizer(folder)
     shards = weight_files(folder)
     tensors = _read_tensors(shards)
     config = make_config(values, len(tensors), repr(str(folder / CONFIG)))
@@ -54,6 +51,14 @@ def load_folder(
     tokenizer = _read_tokenizer(folder, config)
     model = assemble(config, tensors, repr(str(folder)), dtype=dtype, generation=generation)
     return model, tokenizer
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raises UserError unless a model folder has a tokenizer."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise UserError(
+            f"{str(folder)!r} has no tokenizer; put the model's tokenizer.json beside its weights"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -219,7 +219,7 @@ class GgufModel:
             return self.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
 
         ends = list(dict.fromkeys(end for end in map(of, ("eos", "eot", "eom")) if end is not None))
-        return GenerationConfig(  # type: ignore[no-untyped-call]
+        return GenerationConfig(
             bos_token_id=of("bos"),
             eos_token_id=ends[0] if len(ends) == 1 else ends or None,
             pad_token_id=of("padding"),

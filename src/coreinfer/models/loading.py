@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -56,8 +56,11 @@ def load(
     """
     place = _device(device)
     number = _dtype(dtype, place)
-    read, name = _reader(model, on_progress)
-    loaded, tokenizer = read(number)
+    path, name = find(model, on_progress)
+    if path.is_dir():
+        loaded, tokenizer = load_folder(path, dtype=number)
+    else:
+        loaded, tokenizer = load_gguf(path, dtype=number, on_progress=on_progress)
     try:
         loaded.to(place)  # type: ignore[arg-type]
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -66,14 +69,16 @@ def load(
     return LoadedModel(loaded, tokenizer, name)
 
 
-_Read = Callable[[torch.dtype], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+def find(model: str, on_progress: Progress = silent) -> tuple[Path, str]:
+    """The folder or the .gguf file of a model, and what records and core sets call it.
 
+    A path that exists goes before an id of the hub; what is not on this machine yet is pulled.
 
-def _reader(model: str, on_progress: Progress) -> tuple[_Read, str]:
-    """What reads `model`, and its name. A path that exists goes before an id of the hub."""
+    Raises:
+        UserError: if nothing of that name is there.
+    """
     if model in CATALOG:
-        folder = pull(model, on_progress=on_progress)
-        return (lambda dtype: load_folder(folder, dtype=dtype)), model
+        return pull(model, on_progress=on_progress), model
     if not model:
         raise UserError("the model has no name; " + nearest_names(model))
     try:
@@ -82,13 +87,12 @@ def _reader(model: str, on_progress: Progress) -> tuple[_Read, str]:
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, an unknown ~user
         raise UserError(f"{model!r} is no name and no path: {one_line(error)}") from None
     if is_folder:
-        return (lambda dtype: load_folder(path, dtype=dtype)), path.resolve().name
+        return path, path.resolve().name
     if is_file:
         _require_gguf(path)
-        return (lambda dtype: load_gguf(path, dtype=dtype, on_progress=on_progress)), path.stem
+        return path, path.stem
     if is_hub_id(model) and path.suffix != ".gguf":
-        folder = pull(model, on_progress=on_progress)
-        return (lambda dtype: load_folder(folder, dtype=dtype)), model
+        return pull(model, on_progress=on_progress), model
     if path.suffix == ".gguf" or "/" in model:
         raise UserError(f"no model at {model!r}; expected a folder or a .gguf file")
     raise UserError(
