@@ -28,7 +28,7 @@ from coreinfer.errors import UserError
 from coreinfer.evaluation.overlap import core_sets
 from coreinfer.files import replace_when_done
 from coreinfer.jsonl import read_jsonl
-from coreinfer.selectors import SELECTORS
+from coreinfer.selectors import SELECTORS, Evidence
 from coreinfer.semantics.encoders import SentenceEncoder
 
 KINDS = ("same article", "same kind of text", "other kind of text")
@@ -69,6 +69,10 @@ def kind_of(a: dict[str, str], b: dict[str, str]) -> str:
     # A source without groups says nothing of articles: each of its texts is one by itself.
     same = a["group"] == b["group"] and a["group"] != a["source"]
     return KINDS[0] if same else KINDS[1]
+
+
+def no_norms(layer: int) -> torch.Tensor:
+    raise AssertionError(f"the sentence encoder looks at no layer, not at {layer}")
 
 
 def random_overlap(keep: float) -> float:
@@ -128,7 +132,8 @@ def main() -> None:
     selector = SELECTORS[args.selector](beta=args.keep)
     sets = [one for batch in in_batches(ids, 8) for one in core_sets(backend, batch, selector)]
     texts = [str(backend.tokenizer.decode(prompt)) for prompt in ids]
-    vectors = torch.nn.functional.normalize(SentenceEncoder().encode_texts(texts), dim=-1)
+    evidence = [Evidence(layers=(), column_norms=no_norms, text=text) for text in texts]
+    vectors = torch.nn.functional.normalize(SentenceEncoder().encode(evidence), dim=-1)
     pairs = [
         Pair(
             kind_of(rows[a], rows[b]),

@@ -19,8 +19,8 @@ def add_parser(verbs: Any) -> None:
         "info",
         help="what is in a model / store / core set, what this machine can do",
         description="Describe a model (its family, layers and neurons, what is read to decode a "
-        "token, and the ceiling of the speed-up), a cluster store, or a core-set file. With no "
-        "argument: this machine and the models in the cache.",
+        "token, and the ceiling of the speed-up), a converted model, a cluster store, or a core-set "
+        "file. With no argument: this machine and the models in the cache.",
     )
     parser.add_argument(
         "target", nargs="?", metavar="TARGET", help="a model, a store folder or a core-set file"
@@ -31,6 +31,11 @@ def add_parser(verbs: Any) -> None:
         default=(0.2, 0.4, 0.6, 0.8),
         metavar="LIST",
         help="keep ratios to give the ceiling for, above 0 to 1 each (default: 0.2,0.4,0.6,0.8)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read a converted model and compare all its checksums",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options.add_model_options(parser)
@@ -45,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         about = describe_store(target)
     elif Path(target).is_file() and Path(target).suffix == ".safetensors":
         about = describe_core_set(target)
+    elif _is_converted(target):
+        about = describe_converted(target, verify=args.verify)
     else:
         args.model = target
         about = describe_model(args)
@@ -61,8 +68,7 @@ def describe_machine() -> dict[str, Any]:
     import transformers
 
     from coreinfer import __version__
-    from coreinfer.models.cache import cache_dir
-    from coreinfer.models.pull import cached_models
+    from coreinfer.models.cache import cache_dir, cached_models
 
     return {
         "coreinfer": __version__,
@@ -76,7 +82,7 @@ def describe_machine() -> dict[str, Any]:
         "backends": ["hf"],
         "kernels": "torch; the native backend is not part of this version",
         "cache": str(cache_dir()),
-        "cached_models": cached_models(),
+        "cached_models": [model.name for model in cached_models()],
     }
 
 
@@ -99,6 +105,44 @@ def describe_core_set(path: str) -> dict[str, Any]:
         "num_neurons": list(core_set.num_neurons),
         "kept": [core_set.kept(layer) for layer in range(core_set.num_layers)],
         "density": core_set.density,
+    }
+
+
+def _is_converted(target: str) -> bool:
+    if not Path(target).is_dir():
+        return False
+    from coreinfer.backends.native.container import is_converted
+
+    return is_converted(target)
+
+
+def describe_converted(folder: str, *, verify: bool = False) -> dict[str, Any]:
+    """What a converted model says of itself; with `verify`, that every byte is as it was written.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    from coreinfer.backends.native.container import open_container
+
+    container = open_container(folder)
+    manifest, decoder = container.manifest, container.manifest.decoder
+    if verify:
+        container.verify_all()
+    return {
+        "kind": "converted model",
+        "model": manifest.model,
+        "model_fingerprint": manifest.model_fingerprint,
+        "family": decoder.model_type,
+        "backend": "native",
+        "dtype": manifest.format.dtype,
+        "group_size": manifest.format.group_size,
+        "bits_per_weight": manifest.format.bits_per_weight,
+        "num_layers": decoder.num_layers,
+        "num_neurons": [decoder.num_neurons] * decoder.num_layers,
+        "context_length": decoder.context_length,
+        "tensors": len(container),
+        "bytes": container.size,
+        "checksums": "all right" if verify else "of the header only; --verify compares all",
     }
 
 
@@ -150,7 +194,7 @@ def readable(about: dict[str, Any]) -> str:
 
 
 def _short(key: str, value: Any) -> str:
-    if key.endswith("_bytes_per_token"):
+    if key == "bytes" or key.endswith("_bytes_per_token"):
         return megabytes(value)
     if key == "mlp_share":
         return f"{value:.1%} of the bytes read per token"
