@@ -17,8 +17,8 @@ from transformers import (
 from coreinfer.backends.base import Phase
 from coreinfer.backends.hf.sparse import sparse
 from tests.hf.generating import RULE, STEPS, A, B, expected, greedy, kept_of, make, padded, sets
-from tests.hf.reference import masked, sparse_greedy
-from tests.tiny import tiny_tokenizer
+from tests.hf.reference import activations, core_set, masked, sparse_greedy
+from tests.tiny import BOS, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,21 @@ def test_one_token_prompt_is_prefilled_densely() -> None:
         assert torch.equal(out.logits[0][0], dense)
         assert sets(run) == kept_of(plain, [7])
     assert out.sequences[0, 1:].tolist() == expected(plain, [7])
+
+
+@pytest.mark.parametrize("count_bos", [False, True])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_the_beginning_of_sequence_token_counts_only_if_told_to(
+    count_bos: bool, chunk: int | None
+) -> None:
+    model, plain = make()
+    rule = Stability(alpha=0.3, beta=0.4, count_bos=count_bos)
+    ids, mask = padded([BOS, *A], [BOS, *B])
+    with sparse(model, rule) as run:
+        greedy(model, ids, attention_mask=mask, prefill_chunk_size=chunk)
+    for row, prompt in enumerate((A, B)):
+        counted = [h[0 if count_bos else 1 :] for _, h in activations(plain, [BOS, *prompt])]
+        assert sets(run, row) == {i: core_set(h, 0.3, 0.4) for i, h in enumerate(counted)}
 
 
 def test_scores_and_returned_dictionary() -> None:

@@ -62,6 +62,10 @@ class Anatomy:
         """W_down, [d, D]."""
         return self.layers[layer].output.weight.detach()
 
+    def stand_in_bytes(self, terms: StandInTerms) -> int:
+        """Bytes that decode reads for the stand-in of a layer: it has the dtype of the weights."""
+        return terms.num_weights * terms.offset.element_size()
+
     def check(self, selector: Selector) -> None:
         """Raises UserError if the selector does not fit this model."""
         selector.check(self.num_neurons, self.fingerprint, self.name)

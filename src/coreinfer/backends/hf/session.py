@@ -27,13 +27,15 @@ class HfBackend:
     """A Hugging Face causal language model, decoded with core neurons. Any device, any dtype.
 
     Args:
-        model: the model; it is rerouted only while a pass of a session runs.
+        model: the model, put into evaluation mode; it is rerouted only while a pass of a session
+            runs, so sessions take turns and never compute at the same time.
         tokenizer: its tokenizer.
         name: what core sets and records call it.
         prefill_chunk: tokens a prefill pass reads at most.
 
     Raises:
-        UserError: if the architecture is not known.
+        UserError: if the architecture is not known, or the model is compiled, quantised, wrapped
+            by adapters or offloaded.
     """
 
     name = "hf"
