@@ -39,13 +39,13 @@ def add_parser(verbs: Any) -> None:
         "--probe-layer",
         type=whole,
         metavar="L",
-        help="layer that hidden and core look at, from 0 (default: two thirds of the depth)",
+        help="layer that hidden and core look at, from 0 (default: the middle)",
     )
     parser.add_argument(
         "--k",
         type=whole,
         metavar="K",
-        help="number of clusters, from 1 (default: the best mean silhouette of 2 to 16)",
+        help="number of clusters, from 1 (default: where more explain little more, at most 16)",
     )
     parser.add_argument(
         "--alpha",

@@ -11,7 +11,7 @@ from torch import Tensor
 from coreinfer.core.measures import jaccard
 from coreinfer.core.selection import neuron_budget, top_neurons
 from coreinfer.core.statistics import LayerStatistics
-from coreinfer.errors import UserError, require_ratio
+from coreinfer.errors import UserError, require_ratio, require_whole
 from coreinfer.selectors.base import Selector
 from coreinfer.selectors.evidence import Evidence
 from coreinfer.selectors.rules import by_counts
@@ -22,7 +22,7 @@ MODES = ("blend", "choice")
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Selector):
-    """Measures how stable the prompt's own core neurons are, and leans on a cluster if they are not.
+    """Measures how stable the prompt's own core neurons are; if they are not, leans on a cluster.
 
     The stability s is the mean Jaccard overlap, over the sparse layers, of the sets chosen from
     the first and from the second half of the prompt's S tokens. The nearest cluster has summed its
@@ -40,14 +40,15 @@ class Auto(Selector):
         mode: "blend" or "choice".
         prior_tokens: how many tokens of prompt outweigh the cluster, at least 1.
         min_stability: s from which `choice` trusts the prompt, 0 to 1.
-        min_similarity: cosine below which no cluster counts as near, -1 to 1.
+        min_similarity: cosine below which no cluster counts as near, -1 to 1; None for that of the
+            store's encoder, for each has its own scale.
     """
 
     clusters: ClusterStore
     mode: str = "blend"
     prior_tokens: int = 64
     min_stability: float = 0.4
-    min_similarity: float = 0.2
+    min_similarity: float | None = None
 
     name: ClassVar[str] = "auto"
     needs_counts: ClassVar[bool] = True
@@ -57,15 +58,20 @@ class Auto(Selector):
         super().__post_init__()
         if self.mode not in MODES:
             raise UserError(f"auto's mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if self.prior_tokens < 1:
-            raise UserError(f"prior_tokens must be at least 1, got {self.prior_tokens}")
+        require_whole("prior_tokens", self.prior_tokens, 1)
         require_ratio("min_stability", self.min_stability, zero_ok=True)
-        if not -1.0 <= self.min_similarity <= 1.0:
-            raise UserError(f"min_similarity must be -1 to 1, got {self.min_similarity}")
+        if self.min_similarity is not None:
+            _require_cosine("min_similarity", self.min_similarity)
 
     @property
     def counting_alpha(self) -> float | None:
         return self.clusters.alpha
+
+    @property
+    def nearness(self) -> float:
+        """The cosine from which a cluster counts as near."""
+        own = self.min_similarity
+        return self.clusters.encoder.min_similarity if own is None else own
 
     def check(self, num_neurons: Sequence[int], fingerprint: str, model: str) -> None:
         self.clusters.require_model(fingerprint, model)
@@ -75,7 +81,7 @@ class Auto(Selector):
         nearest = self.clusters.nearest(evidence)
         stability = self.stability(evidence)
         notes = {**nearest.describe(), "stability": stability}
-        if nearest.similarity < self.min_similarity:
+        if nearest.similarity < self.nearness:
             return evidence.layers, {**notes, "guided_by": "prompt", "why": "no cluster is near"}
         cluster = self.clusters.statistics(nearest.cluster)
         if self.mode == "choice":
@@ -103,3 +109,9 @@ class Auto(Selector):
 
     def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
         return by_counts(statistics)
+
+
+def _require_cosine(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and -1 <= value <= 1):  # type: ignore[operator]
+        raise UserError(f"{name} must be a number from -1 to 1, got {value!r}")

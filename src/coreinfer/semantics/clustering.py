@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,12 @@ from coreinfer.errors import UserError
 
 MAX_K = 16  # at most so many clusters unless the user asks for more
 DOCUMENTS_PER_CLUSTER = 8  # and each with at least so many documents on average
-SCORE_SAMPLE = 2_000  # silhouettes compare all pairs
+CURVE_SAMPLE = 2_000  # k-means runs MAX_K times to draw the curve
 FIT_SAMPLE = 10_000  # k-means holds what it is fitted on in memory
 BLOCK = 4_096
 RULE = (
-    f"largest mean silhouette over k = 2 to min({MAX_K}, documents / {DOCUMENTS_PER_CLUSTER}); "
-    "1 where no k has one above 0"
+    f"elbow: of k = 1 to documents / {DOCUMENTS_PER_CLUSTER}, the one whose inertia is farthest "
+    f"below the straight line from k = 1 to {MAX_K}"
 )
 
 
@@ -83,16 +83,15 @@ def cluster_vectors(vectors: Tensor, k: int | None, seed: int) -> Clustering:
     for block in _blocks(vectors):
         total += block.double().sum(dim=0)
     center = (total / count).float()
-    how_k: dict[str, Any] = {"rule": "given", "scores": {}}
+    how_k: dict[str, Any] = {"rule": "given"}
     if k is None:
-        sample = directions(_sample(vectors, SCORE_SAMPLE, seed), center)
-        scores = _silhouettes(sample, min(MAX_K, count // DOCUMENTS_PER_CLUSTER), seed)
-        best = max(scores, key=lambda size: scores[size], default=1)
-        k = best if scores.get(best, 0.0) > 0 else 1
+        sample = directions(_sample(vectors, CURVE_SAMPLE, seed), center)
+        inertia = _inertia_curve(sample, seed)
+        k = elbow(inertia, max(1, count // DOCUMENTS_PER_CLUSTER))
         how_k = {
             "rule": RULE,
             "sampled": sample.shape[0],
-            "scores": {str(size): round(score, 6) for size, score in scores.items()},
+            "inertia": {str(size): round(value, 6) for size, value in enumerate(inertia, 1)},
         }
     # Ten vectors a cluster at the least, however many clusters are asked for.
     sample = directions(_sample(vectors, max(FIT_SAMPLE, 10 * k), seed), center)
@@ -116,21 +115,30 @@ def _sample(vectors: Tensor, size: int, seed: int) -> Tensor:
     return vectors[torch.randperm(vectors.shape[0], generator=generator)[:size].sort().values]
 
 
-def _silhouettes(points: Tensor, most: int, seed: int) -> dict[int, float]:
-    """Mean silhouette of k-means with k = 2 to `most` clusters, where it is defined."""
-    from sklearn.metrics import silhouette_score
+def elbow(inertia: Sequence[float], most: int) -> int:
+    """The k up to `most` where a falling curve over k = 1, 2, ... bends away from its chord.
 
-    distances = torch.cdist(points, points).fill_diagonal_(0.0).numpy()
-    scores = {}
-    for k in range(2, most + 1):
-        labels = _k_means(points, k, seed)[1]
-        if 1 < labels.unique().numel() < labels.numel():
-            scores[k] = float(silhouette_score(distances, labels.numpy(), metric="precomputed"))
-    return scores
+    Unlike the mean silhouette, which stops at the coarsest split there is (one language against
+    the others), it goes on as long as another cluster explains more than clusters do on average.
+    """
+    first, last = inertia[0], inertia[-1]
+    if first <= last:
+        return 1
+    steps = len(inertia) - 1
+    below = [1 - i / steps - (value - last) / (first - last) for i, value in enumerate(inertia)]
+    return max(range(min(most, len(below))), key=below.__getitem__) + 1
 
 
-def _k_means(points: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Centroids [k, e] and labels [n]."""
+def _inertia_curve(points: Tensor, seed: int) -> list[float]:
+    """Inertia of k-means for k = 1 to MAX_K, relative to k = 1."""
+    most = min(MAX_K, points.shape[0])
+    curve = [_k_means(points, k, seed)[1] for k in range(1, most + 1)]
+    spread = curve[0] > 1e-6 * points.shape[0]  # more than documents that are all the same have
+    return [value / curve[0] if spread else 0.0 for value in curve]
+
+
+def _k_means(points: Tensor, k: int, seed: int) -> tuple[Tensor, float]:
+    """Centroids [k, e], and the sum of the squared distances to them."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
@@ -140,6 +148,4 @@ def _k_means(points: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
         # Fewer distinct points than k; the clusters left empty are dropped by the caller.
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitted = KMeans(n_clusters=k, n_init=4, random_state=seed).fit(points.numpy())
-    return torch.from_numpy(fitted.cluster_centers_).float(), torch.from_numpy(
-        fitted.labels_
-    ).long()
+    return torch.from_numpy(fitted.cluster_centers_).float(), float(fitted.inertia_)

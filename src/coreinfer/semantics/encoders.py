@@ -28,9 +28,13 @@ class Encoder(ABC):
 
     `needs_prefill`: False for one that encodes the text alone.
     `needs_counts`: encodes the token-wise counts, so that the prefill must keep them.
+    `min_similarity`: the cosine to a centroid from which a prompt counts as near. Nine in ten
+    prompts of the corpus's own kinds reach it, with five kinds of text (encyclopedia, news,
+    stories, sums, German) in five clusters on SmolLM2-135M.
     """
 
     name: ClassVar[str]
+    min_similarity: ClassVar[float]
     needs_prefill: ClassVar[bool] = True
     needs_counts: ClassVar[bool] = False
 
@@ -65,6 +69,7 @@ class SentenceEncoder(Encoder):
     model: str = MINILM
 
     name: ClassVar[str] = "sentence"
+    min_similarity: ClassVar[float] = 0.15
     needs_prefill: ClassVar[bool] = False
 
     def encode(self, evidences: Sequence[Evidence]) -> Tensor:
@@ -141,6 +146,7 @@ class HiddenEncoder(ProbeEncoder):
     """The mean over the tokens of the MLP's input at the probe layer, e = d."""
 
     name: ClassVar[str] = "hidden"
+    min_similarity: ClassVar[float] = 0.4
 
     def total(self, statistics: LayerStatistics) -> Tensor:
         return statistics.input_sum
@@ -151,6 +157,7 @@ class CoreEncoder(ProbeEncoder):
     """How often each neuron of the probe layer is a token's core neuron, e = D."""
 
     name: ClassVar[str] = "core"
+    min_similarity: ClassVar[float] = 0.35
     needs_counts: ClassVar[bool] = True
 
     def total(self, statistics: LayerStatistics) -> Tensor:
@@ -161,8 +168,9 @@ ENCODERS = (SentenceEncoder.name, HiddenEncoder.name, CoreEncoder.name)
 
 
 def default_probe_layer(num_layers: int) -> int:
-    """Two thirds of the depth: past the layers of word forms, before those of the next token."""
-    return min(2 * num_layers // 3, num_layers - 1)
+    """The middle: subjects are as far apart there as anywhere, and a chat template moves a prompt
+    less than it does further up."""
+    return num_layers // 2
 
 
 def default_encoder() -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coreinfer.core.statistics import LayerStatistics
-from coreinfer.errors import UserError, require_ratio
+from coreinfer.errors import UserError, require_ratio, require_whole
 from coreinfer.files import replace_when_done
 from coreinfer.semantics.clustering import cosines
 from coreinfer.semantics.encoders import Encoder, encoder_from
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the selectors import this package
 
 FORMAT = "coreinfer.clusters/1"
 TENSORS, DESCRIPTION = "clusters.safetensors", "clusters.json"
+MAX_HIDDEN_SIZE = 2**20  # what a damaged description says is not allocated
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class ClusterStore:
 
     def __post_init__(self) -> None:
         require_ratio("alpha of a cluster store", self.alpha)
+        require_whole("hidden_size", self.hidden_size, 1, MAX_HIDDEN_SIZE)
         k = self.num_clusters
         _check("center", self.center, (self.centroids.shape[-1],), torch.float32)
         _check("centroids", self.centroids, (k, self.center.numel()), torch.float32)
@@ -228,3 +230,5 @@ def require_place(path: Path) -> None:
 def _check(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise UserError(f"{what} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+    if not tensor.isfinite().all():
+        raise UserError(f"{what} must be finite numbers")
