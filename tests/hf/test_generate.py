@@ -16,6 +16,7 @@ from transformers import (
 
 from coreinfer.backends.base import Phase
 from coreinfer.backends.hf.sparse import sparse
+from coreinfer.selectors import Stability
 from tests.hf.generating import RULE, STEPS, A, B, expected, greedy, kept_of, make, padded, sets
 from tests.hf.reference import activations, core_set, masked, sparse_greedy
 from tests.tiny import BOS, tiny_tokenizer
