@@ -19,8 +19,8 @@ def add_parser(verbs: Any) -> None:
         "info",
         help="what is in a model / store / core set, what this machine can do",
         description="Describe a model (its family, layers and neurons, what is read to decode a "
-        "token, and the ceiling of the speed-up), a converted model, a cluster store, or a core-set "
-        "file. With no argument: this machine and the models in the cache.",
+        "token, and the ceiling of the speed-up), a converted model, a cluster store, or a "
+        "core-set file. With no argument: this machine and the models in the cache.",
     )
     parser.add_argument(
         "target", nargs="?", metavar="TARGET", help="a model, a store folder or a core-set file"
