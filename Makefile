@@ -23,11 +23,11 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 # torch by its exact version first: an open range would fetch gigabytes of CUDA libraries.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "CoreInfer needs Python 3.10 or newer; name one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) scikit-build-core
+	$(PIP) scikit-build-core cmake ninja
 	$(PIP) --no-build-isolation --editable .
 	@touch $@
 
@@ -38,7 +38,7 @@ $(DEV): $(READY)
 
 lock: $(DEV)
 	@echo "# Exact versions of everything the tests and the demo run with ('make lock' writes this file)." > constraints.txt
-	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >> constraints.txt
+	@$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/+cpu$$//' -e '/^-e /d' >> constraints.txt
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build

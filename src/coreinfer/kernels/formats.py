@@ -124,7 +124,7 @@ class WeightFormat:
         if self.dtype == "bfloat16":
             return records.contiguous().view(torch.bfloat16).to(dtype)
         q, scales, minima = self.parts(records, columns)
-        grouped = q.view(len(q), -1, self.group_size)
+        grouped = q.view(len(q), self._groups(columns), self.group_size)
         # In place, and in float32 until the end: one rounding to the wanted dtype.
         weights = grouped.to(torch.float32).mul_(scales[:, :, None])
         if self.dtype == "int4":

@@ -1,0 +1,178 @@
+// The products of a layer, each worker with its share of the outputs.
+#pragma once
+
+#include <cstring>
+
+#include "../pool.h"
+#include "memory.h"
+#include "tiles.h"
+
+namespace {
+
+using coreinfer::Range;
+using coreinfer::share;
+using coreinfer::Worker;
+
+// Calls emit(tile, y [rows][16]) for this worker's tiles of y = W x.
+template <class S, class Emit>
+void product(const Worker& worker, const CiMatrix& w, const Batch& batch, const Emit& emit) {
+  const Range tiles = share(worker, pad(w.rows) / kTile);
+  const int64_t bytes = tile_bytes(w);
+  const TileFunction tile = row_tile<S>(w.dtype, batch.count);
+  alignas(64) float y[CI_MAX_ROWS * kTile];
+  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+    tile(w.data + t * bytes, w.columns, w.group_size, batch, y);
+    emit(t, y);
+  }
+}
+
+// h [rows][K16] of this worker's neurons: act(gate x) * up x, or act(fc1 x + bias).
+template <class S>
+void neurons(const Worker& worker, const CiMlp& mlp, int32_t activation, const Batch& batch,
+             float* const* h) {
+  const Range tiles = share(worker, pad(mlp.down.columns) / kTile);
+  const int64_t bytes = tile_bytes(mlp.into);
+  const int parts = mlp.gated ? 2 : 1;
+  const TileFunction tile = row_tile<S>(mlp.into.dtype, batch.count);
+  alignas(64) float z[CI_MAX_ROWS * kTile], up[CI_MAX_ROWS * kTile];
+  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+    const uint8_t* data = mlp.into.data + parts * t * bytes;
+    tile(data, mlp.into.columns, mlp.into.group_size, batch, z);
+    if (mlp.gated) tile(data + bytes, mlp.into.columns, mlp.into.group_size, batch, up);
+    for (int b = 0; b < batch.count; ++b) {
+      typename S::F value = S::load(z + kTile * b);
+      if (mlp.in_bias != nullptr) value = S::add(value, S::load(mlp.in_bias + kTile * t));
+      value = activate<S>(activation, value);
+      if (mlp.gated) value = S::mul(value, S::load(up + kTile * b));
+      S::store(h[b] + kTile * t, value);
+    }
+  }
+}
+
+// Rounds h_n * scale[n, group] in blocks of neurons. Returns what is the same for all outputs of the
+// group: for int4, the sum of h_n * (minimum[n, group] + 8 scale[n, group]).
+template <class S>
+float fold(const CiMatrix& down, int64_t group, const float* h, const Inputs& inputs) {
+  const int64_t neurons = pad(down.columns), groups = down.rows / down.group_size;
+  const auto* scales = reinterpret_cast<const uint16_t*>(
+      down.data + pad(down.rows) / kTile * word_bytes(down.dtype, neurons));
+  const uint16_t* scale = scales + group * neurons;
+  alignas(64) float folded[kNeuronBlock];
+  for (int64_t start = 0, block = 0; start < neurons; start += kNeuronBlock, ++block) {
+    const int64_t size = neurons - start < kNeuronBlock ? neurons - start : kNeuronBlock;
+    for (int64_t i = 0; i < size; i += kTile)
+      S::store(folded + i, S::mul(S::load(h + start + i), S::load_half(scale + start + i)));
+    round_group<S>([&](int64_t i) { return S::load(folded + i); }, size, inputs.q + start,
+                   inputs.step + block, inputs.sum + block);
+  }
+  if (down.dtype != CI_INT4) return 0.0f;
+  const uint16_t* minimum = scale + groups * neurons;
+  typename S::F total = S::zero();
+  for (int64_t i = 0; i < neurons; i += kTile)
+    total = S::fma(S::load(h + i),
+                   S::fma(S::set(8.0f), S::load_half(scale + i), S::load_half(minimum + i)), total);
+  return S::sum(total);
+}
+
+// Calls emit(tile, y [rows][16]) for this worker's tiles of y = W_down h.
+template <class S, class Emit>
+void down_by_tile(const Worker& worker, const CiMatrix& down, int rows, float* const* h,
+                  const InputMemory& memory, const Emit& emit) {
+  const Range tiles = share(worker, pad(down.rows) / kTile);
+  const int64_t neurons = pad(down.columns);
+  const int64_t bytes = word_bytes(down.dtype, neurons);
+  const TileFunction tile = down_tile<S>(down.dtype, rows);
+  const bool grouped = down.dtype != CI_BFLOAT16;
+  Batch batch;
+  batch.count = rows;
+  for (int b = 0; b < rows; ++b) {
+    batch.rows[b] = memory.inputs(b);
+    batch.rows[b].x = h[b];
+  }
+  float constant[CI_MAX_ROWS] = {};
+  alignas(64) float y[CI_MAX_ROWS * kTile];
+  int64_t folded = -1;
+  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+    const int64_t group = grouped ? t * kTile / down.group_size : 0;
+    if (grouped && group != folded) {
+      for (int b = 0; b < rows; ++b) constant[b] = fold<S>(down, group, h[b], batch.rows[b]);
+      folded = group;
+    }
+    tile(down.data + t * bytes, neurons, 0, batch, y);
+    for (int b = 0; grouped && b < rows; ++b)
+      S::store(y + kTile * b, S::add(S::load(y + kTile * b), S::set(constant[b])));
+    emit(t, y);
+  }
+}
+
+// A record's float16 numbers of `count` groups as floats; the record may end right after them.
+template <class S>
+void read_halves(const uint8_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kTile) {
+    uint16_t halves[kTile] = {};
+    const int64_t size = count - i < kTile ? count - i : kTile;
+    std::memcpy(halves, from + 2 * i, static_cast<size_t>(2 * size));
+    S::store(to + i, S::load_half(halves));
+  }
+}
+
+// y [outputs of this worker] += h_n times record n, for one neuron. Outputs begin..end are tiles.
+template <class S>
+void add_record(const CiMatrix& down, const uint8_t* record, float h, Range tiles, float* numbers,
+                float* y) {
+  const typename S::F factor = S::set(h);
+  if (down.dtype == CI_BFLOAT16) {
+    const auto* weights = reinterpret_cast<const uint16_t*>(record);
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      uint16_t last[kTile] = {};
+      const uint16_t* from = weights + kTile * t;
+      if (kTile * (t + 1) > down.rows) {
+        std::memcpy(last, from, static_cast<size_t>(2 * (down.rows - kTile * t)));
+        from = last;
+      }
+      S::store(y + kTile * t, S::fma(S::load_bfloat16(from), factor, S::load(y + kTile * t)));
+    }
+    return;
+  }
+  const int64_t groups = down.rows / down.group_size;
+  const bool four = down.dtype == CI_INT4;
+  const uint8_t* halves = record + (four ? down.rows / 2 : down.rows);
+  float* scales = numbers;
+  float* minima = numbers + pad(groups);
+  read_halves<S>(halves, groups, scales);
+  if (four) read_halves<S>(halves + 2 * groups, groups, minima);
+  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+    const int64_t group = kTile * t / down.group_size;
+    typename S::F sum = S::load(y + kTile * t);
+    if (four) {
+      sum = S::fma(S::load_int4(record + 8 * t), S::set(h * scales[group]), sum);
+      sum = S::add(sum, S::set(h * minima[group]));
+    } else {
+      const auto* q = reinterpret_cast<const int8_t*>(record) + kTile * t;
+      sum = S::fma(S::load_int8(q), S::set(h * scales[group]), sum);
+    }
+    S::store(y + kTile * t, sum);
+  }
+}
+
+inline int64_t record_bytes(const CiMatrix& down) {
+  const int64_t n = down.rows;
+  if (down.dtype == CI_BFLOAT16) return 2 * n;
+  const int64_t q = down.dtype == CI_INT8 ? n : n / 2;
+  return q + n / down.group_size * scales_per_group(down.dtype) * 2;
+}
+
+// y [rows][outputs of this worker] = W_down h, neuron by neuron: those that are zero are not read.
+template <class S>
+void down_by_neuron(const Worker& worker, const CiMatrix& down, int rows, float* const* h,
+                    float* numbers, float* const* y) {
+  const Range tiles = share(worker, pad(down.rows) / kTile);
+  const int64_t bytes = record_bytes(down);
+  for (int b = 0; b < rows; ++b)
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) S::store(y[b] + kTile * t, S::zero());
+  for (int64_t n = 0; n < down.columns; ++n)
+    for (int b = 0; b < rows; ++b)  // a record is read once: for the next row it is in the cache
+      if (h[b][n] != 0.0f) add_record<S>(down, down.data + n * bytes, h[b][n], tiles, numbers, y[b]);
+}
+
+}  // namespace

@@ -1,0 +1,94 @@
+// Sixteen lanes in one AVX-512 register; byte products by VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Avx512 {
+  using F = __m512;   // 16 floats
+  using I = __m512i;  // 16 int32
+  using W = __m512i;  // 64 bytes of weights
+
+  // What dot_int8 takes a stored weight q + 128 for: here the stored value itself.
+  static constexpr int kByteOffset = 128;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static float largest(F a) { return _mm512_reduce_max_ps(a); }
+
+  static F load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store_half(uint16_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static F load_bfloat16(const uint16_t* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  static F load_int8(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  }
+  // Sixteen int4 of two runs of four bytes (formats.py).
+  static F load_int4(const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i mask = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(bytes, mask);
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi32(low, high)));
+  }
+
+  static I set_int(int x) { return _mm512_set1_epi32(x); }
+  static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+  static int sum_int(I a) { return _mm512_reduce_add_epi32(a); }
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static I round(F a) { return _mm512_cvtps_epi32(a); }  // half to even
+  static void store_int8(int8_t* p, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+  }
+  // 2^n for whole n in -126..127.
+  static F power_of_two(I n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, set_int(127)), 23));
+  }
+
+  static W load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static W low_halves(W w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+  static W high_halves(W w) { return low_halves(_mm512_srli_epi16(w, 4)); }
+  // Lane r += sum over j < 4 of weights[4 r + j] * x[j].
+  static I dot_int8(I sum, W weights, const int8_t* x) {
+    return _mm512_dpbusd_epi32(sum, weights, quad(x));
+  }
+  static I dot_int4(I sum, W weights, const int8_t* x) { return dot_int8(sum, weights, x); }
+  // The first and the second of each pair of bfloat16.
+  static F even_bfloat16(W w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
+  static F odd_bfloat16(W w) {
+    return _mm512_castsi512_ps(_mm512_and_si512(w, set_int(static_cast<int>(0xffff0000u))));
+  }
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+ private:
+  static __m512i quad(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+  }
+};
+
+}  // namespace

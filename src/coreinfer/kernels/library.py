@@ -1,0 +1,91 @@
+"""The native library: found, checked, and the instruction set that it is to use."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from coreinfer.errors import UserError
+from coreinfer.kernels.abi import ABI_VERSION, PATHS
+
+VARIABLE = "COREINFER_KERNELS"  # forces a path: "twin" or one of `abi.PATHS`
+
+
+@dataclass(frozen=True)
+class Native:
+    """The library, and the path that its functions are called with."""
+
+    functions: ctypes.CDLL
+    path: int
+
+
+def kernel_path() -> str:
+    """What computes: "avx512", "avx2", "portable", or "twin" (plain torch).
+
+    Raises:
+        UserError: if the environment forces a path that is not there.
+    """
+    found = native()
+    return "twin" if found is None else PATHS[found.path]
+
+
+def native() -> Native | None:
+    """The native library with the path to use; None for the torch twins.
+
+    Raises:
+        UserError: if the environment forces a path that is not there.
+    """
+    return _resolve(os.environ.get(VARIABLE, ""))
+
+
+def supported_paths() -> tuple[str, ...]:
+    """Paths that work here, the fastest first; "twin" always does."""
+    functions = _load()
+    if functions is None:
+        return ("twin",)
+    fitting = [path for index, path in enumerate(PATHS) if functions.ci_supports(index)]
+    return (*reversed(fitting), "twin")
+
+
+def num_threads(threads: int | None) -> int:
+    """The threads asked for, or torch's own number."""
+    return torch.get_num_threads() if threads is None else max(1, threads)
+
+
+@cache
+def _resolve(forced: str) -> Native | None:
+    supported = supported_paths()
+    if forced and forced not in supported:
+        raise UserError(
+            f"{VARIABLE}={forced}: no such kernels here; one of {', '.join(supported)} would do"
+        )
+    path = forced or supported[0]
+    functions = _load()
+    if functions is None or path == "twin":
+        return None
+    return Native(functions, PATHS.index(path))
+
+
+@cache
+def _load() -> ctypes.CDLL | None:
+    """The library; None if it was not built, or for another version of this package."""
+    file = _find()
+    if sys.byteorder != "little" or file is None:
+        return None
+    try:
+        functions = ctypes.CDLL(file)
+        return functions if functions.ci_abi_version() == ABI_VERSION else None
+    except (OSError, AttributeError):  # built for another machine
+        return None
+
+
+def _find() -> str | None:
+    """The library, where the import system would look for it: an editable one is elsewhere."""
+    spec = find_spec("coreinfer.kernels.libcoreinfer_kernels")
+    return None if spec is None or spec.origin is None else spec.origin

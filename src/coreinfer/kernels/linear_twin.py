@@ -1,0 +1,97 @@
+"""What the products compute, in plain torch.
+
+bfloat16 weights meet float32 activations; nothing is rounded. With int8 and int4 weights the
+activations are rounded too, dynamically, to eight bits in groups as long as the weights' own
+(`round_groups`), as llama.cpp does: integer products are what a CPU streams at memory speed.
+
+The down projection has its groups along the outputs, a scale a neuron. There the scale goes to the
+activation, a[n, G] = h_n * scale[n, G], and a is rounded in blocks of 64 neurons, in the order of
+the core set: y[G] = sum_n a[n, G] q[n, G]; for int4, whose q are not centred, it is
+y[G] = sum_n a[n, G] (q[n, G] - 8) + sum_n h_n (minimum[n, G] + 8 scale[n, G]), the second sum not
+rounded, so that the rounding meets numbers around zero. Stored by neuron (ReLU models) it is an
+exact float32 sum over the neurons that are not zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coreinfer.errors import UserError
+from coreinfer.kernels.layout import TILE, Packed, PackedDown, PackedMlp
+from coreinfer.kernels.packing_twin import unpack_down, unpack_rows
+
+NEURON_BLOCK = 64  # neurons of a down projection whose activations are rounded together
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
+
+_SMALLEST = 1e-30  # a group below it counts as zero: 127 / largest must stay finite
+
+
+def round_groups(x: Tensor, group_size: int) -> Tensor:
+    """x [..., n] rounded to 127ths of the largest magnitude of each group of its last dimension.
+
+    q = round(x * (127 / largest)), half to even, and largest / 127 is the step. The last group may
+    be shorter.
+    """
+    columns = x.shape[-1]
+    grouped = functional.pad(x, (0, -columns % group_size)).unflatten(-1, (-1, group_size))
+    largest = grouped.abs().amax(-1, keepdim=True)
+    zero = largest < _SMALLEST
+    steps = torch.where(zero, 0.0, largest / 127)
+    q = torch.round(grouped * (127 / largest.masked_fill(zero, torch.inf)))
+    return (q * steps).flatten(-2)[..., :columns]
+
+
+def linear_twin(packed: Packed, x: Tensor) -> Tensor:
+    """y [B, rows] = x [B, columns] @ W^T, float32."""
+    if packed.format.group_size:
+        x = round_groups(x, packed.format.group_size)
+    return x @ unpack_rows(packed).t()
+
+
+def down_twin(down: PackedDown, h: Tensor) -> Tensor:
+    """y [B, outputs] = sum over neurons of h [B, K] times their columns, float32."""
+    q, scales, minima = unpack_down(down)
+    if not down.format.group_size:
+        return h @ q
+    if down.format.dtype == "int4":
+        q, minima = q - 8, minima + 8 * scales
+    folded = h[:, None, :] * scales.t()  # [B, groups, K]
+    if not down.by_neuron:
+        folded = round_groups(folded, NEURON_BLOCK)
+    grouped = q.unflatten(1, (scales.shape[1], down.format.group_size))
+    y = torch.einsum("bgk,kgc->bgc", folded, grouped) + (h @ minima)[:, :, None]
+    return y.flatten(1)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation function of that name, one of `ACTIVATIONS`.
+
+    Raises:
+        UserError: if there is no such activation.
+    """
+    match activation:
+        case "silu":
+            return functional.silu(x)
+        case "relu":
+            return functional.relu(x)
+        case "gelu":
+            return functional.gelu(x)
+        case "gelu_tanh":
+            return functional.gelu(x, approximate="tanh")
+    raise UserError(f"no activation {activation!r}; one of {', '.join(ACTIVATIONS)} would do")
+
+
+def mlp_twin(mlp: PackedMlp, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """y [B, d] and h [B, K] of x [B, d]: h = act(gate x) * up x, or act(fc1 x + bias)."""
+    z = linear_twin(mlp.into, x)
+    if mlp.in_bias is not None:
+        z = z + mlp.in_bias
+    if mlp.gated:  # tiles of gate and up alternate
+        gate, up = z.unflatten(1, (-1, 2, TILE)).unbind(2)
+        h = activate(gate, activation).flatten(1) * up.flatten(1)
+    else:
+        h = activate(z, activation)
+    h = h[:, : mlp.num_neurons]
+    return down_twin(mlp.down, h), h

@@ -1,0 +1,360 @@
+"""The fused step: its twin against transformers, the native code against the twin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coreinfer.errors import UserError
+from coreinfer.kernels.decode import decode_step
+from coreinfer.kernels.decode_twin import decode_step_twin
+from coreinfer.kernels.formats import WeightFormat
+from coreinfer.kernels.layout import PackedMlp
+from coreinfer.kernels.packing import pack, pack_mlp
+from coreinfer.kernels.weights import (
+    DecoderWeights,
+    KeyValueCache,
+    LayerWeights,
+    Norm,
+    Plan,
+    Row,
+    StandInWeights,
+)
+from tests.kernels.paths import NATIVE, using
+from tests.tiny import tiny_model
+
+BFLOAT16 = WeightFormat("bfloat16", 0)
+FORMATS = [BFLOAT16, WeightFormat("int8", 16), WeightFormat("int4", 32)]
+VOCAB = 71
+
+# Shapes and variants: what differs from a Llama of d 96, 80 neurons, 4 heads and 2 kv heads of 24.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "wide heads": {"head_dim": 64, "window": 3, "tied": False},
+    "qwen": {"biases": True, "qk_norm": True, "head_dim": 16},
+    "opt": {"opt": True, "biases": True, "activation": "relu"},
+    "gelu": {"activation": "gelu_tanh", "rope_factor": 1.3},
+}
+
+
+def model_of(
+    form: WeightFormat,
+    *,
+    head_dim: int = 24,
+    window: int = 0,
+    tied: bool = True,
+    biases: bool = False,
+    qk_norm: bool = False,
+    opt: bool = False,
+    activation: str = "silu",
+    rope_factor: float = 1.0,
+) -> tuple[DecoderWeights, Tensor]:
+    """Random weights and neuron-major records of one MLP."""
+    generator = torch.Generator().manual_seed(7)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    d, neurons, heads, kv_heads = 96, 80, 4, 2
+    if form.dtype == "bfloat16":  # sizes that no tile divides
+        d, neurons = 90, 77
+    rows = (heads + 2 * kv_heads) * head_dim
+
+    def norm() -> Norm:
+        return Norm(1 + numbers(d), numbers(d) if opt else None)
+
+    def layer() -> LayerWeights:
+        return LayerWeights(
+            norm1=norm(),
+            norm2=norm(),
+            qkv=pack(form.quantize(numbers(rows, d)), d, form),
+            o=pack(form.quantize(numbers(d, heads * head_dim)), heads * head_dim, form),
+            qkv_bias=numbers(rows) * 5 if biases else None,
+            o_bias=numbers(d) if biases else None,
+            mlp_out_bias=numbers(d) if biases else None,
+            q_norm=1 + numbers(head_dim) if qk_norm else None,
+            k_norm=1 + numbers(head_dim) if qk_norm else None,
+            window=window,
+        )
+
+    layers = [layer(), replace(layer(), rope=False), layer()]
+    weights = DecoderWeights(
+        layers=layers,
+        final_norm=norm(),
+        head=pack(form.quantize(numbers(VOCAB, d) * 3), d, form),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=1e-5,
+        activation=activation,
+        layer_norm=opt,
+        embed=None if tied else numbers(VOCAB, d).to(torch.bfloat16),
+        position=numbers(50, d) if opt else None,
+        inverse_frequencies=None if opt else 0.5 ** torch.arange(head_dim // 2),
+        rope_factor=rope_factor,
+    )
+    parts = [form.quantize(numbers(neurons, d)) for _ in range(2 if opt else 3)]
+    return weights, torch.cat(parts, dim=1)
+
+
+def plan_of(
+    weights: DecoderWeights, records: Tensor, form: WeightFormat, seed: int | None, **kind: Any
+) -> Plan:
+    """Every neuron, or those and the stand-ins that a seed gives; the second layer stays dense."""
+    d, gated = weights.hidden_size, weights.position is None
+    if seed is None:
+        mlps = [pack_mlp(records, d, form, gated=gated, **kind)] * len(weights.layers)
+        return Plan(mlps, [None] * len(mlps))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(records), generator=generator)[: 20 + seed].sort().values
+    some = pack_mlp(records, d, form, gated=gated, index=chosen.to(torch.int32), **kind)
+    every = pack_mlp(records, d, form, gated=gated, **kind)
+    offset, left, right = torch.randn(d), torch.randn(d, 5) / 5, torch.randn(5, d) / 9
+    stand_ins = [StandInWeights.pack(offset, left, right), None, StandInWeights.pack(offset)]
+    return Plan([some, every, some], stand_ins)
+
+
+def cache_of(
+    weights: DecoderWeights, dtype: torch.dtype = torch.float32, capacity: int = 40
+) -> KeyValueCache:
+    return KeyValueCache.empty(
+        len(weights.layers), weights.num_kv_heads, capacity, weights.head_dim, dtype
+    )
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def steps(
+    weights: DecoderWeights,
+    plans: Sequence[Plan],
+    path: str | None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    count: int = 7,
+    threads: int = 2,
+) -> list[Tensor]:
+    """Logits of each step, a sequence a plan, all decoded together; None is the twin itself."""
+    caches = [cache_of(weights, dtype) for _ in plans]
+    found = []
+    for step in range(count):
+        rows = [
+            Row((11 * step + 5 * b) % VOCAB, step + b, step, plan, cache)
+            for b, (plan, cache) in enumerate(zip(plans, caches, strict=True))
+        ]
+        if path is None:
+            found.append(decode_step_twin(weights, rows))
+            continue
+        with using(path):
+            found.append(decode_step(weights, rows, threads=threads))
+    return found
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_native_steps_equal_the_twins(variant: str, form: WeightFormat, path: str) -> None:
+    weights, records = model_of(form, **VARIANTS[variant])
+    if (weights.num_heads * weights.head_dim) % max(1, form.group_size):
+        pytest.skip("the group size does not divide the heads")
+    skip = {"skip_zeros": weights.activation == "relu"}
+    dense = plan_of(weights, records, form, None, **skip)
+    plans = [dense, plan_of(weights, records, form, 1, **skip), dense]
+    plans.append(plan_of(weights, records, form, 2, **skip))
+    for dtype in (torch.float32, torch.bfloat16):
+        exact = form.dtype == "bfloat16" and dtype == torch.float32
+        wanted = steps(weights, plans, None, dtype)
+        for found, want in zip(steps(weights, plans, path, dtype), wanted, strict=True):
+            # Where something is rounded, last bits may turn a number at the middle either way.
+            assert distance(found, want) < (2e-5 if exact else 2e-2)
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_a_row_depends_neither_on_its_company_nor_on_threads(form: WeightFormat, path: str) -> None:
+    weights, records = model_of(form)
+    dense = plan_of(weights, records, form, None)
+    plans = [dense, plan_of(weights, records, form, 3), dense, dense]
+    plans += [plan_of(weights, records, form, seed) for seed in (1, 2)] + [dense] * 2
+    together = steps(weights, plans, path, count=3)
+    for threads in (1, 2, 3):
+        alone = steps(weights, plans[:1], path, count=3, threads=threads)
+        for found, all_rows in zip(alone, together, strict=True):
+            assert torch.equal(found[0], all_rows[0])
+    fewer = steps(weights, plans[:3], path, count=3)
+    for found, all_rows in zip(fewer, together, strict=True):
+        assert torch.equal(found, all_rows[:3])
+
+
+@pytest.mark.parametrize("path", [*NATIVE, None])
+def test_rows_of_one_sequence_see_each_other_causally(path: str | None) -> None:
+    weights, records = model_of(BFLOAT16)
+    plan = plan_of(weights, records, BFLOAT16, None)
+    one_by_one = steps(weights, [plan], path, count=6)
+    cache = cache_of(weights)
+    rows = [Row(11 * step % VOCAB, step, step, plan, cache) for step in range(6)]
+    if path is None:
+        together = decode_step_twin(weights, rows)
+    else:
+        with using(path):
+            together = decode_step(weights, rows, threads=2)
+    torch.testing.assert_close(together, torch.cat(one_by_one), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", NATIVE)
+def test_a_cache_may_be_a_view(path: str) -> None:
+    weights, records = model_of(BFLOAT16)
+    plan = plan_of(weights, records, BFLOAT16, None)
+    whole = torch.zeros(3, 2, weights.num_kv_heads, 2, 20, weights.head_dim)
+    view = KeyValueCache(whole[:, 1, :, 0], whole[:, 1, :, 1])
+    own = cache_of(weights, capacity=20)
+    with using(path):
+        for step in range(4):
+            found = decode_step(weights, [Row(step, step, step, plan, view)])
+            wanted = decode_step(weights, [Row(step, step, step, plan, own)])
+            assert torch.equal(found, wanted)
+    assert torch.equal(view.keys, own.keys)
+    assert torch.equal(view.values, own.values)
+    assert not whole[:, 0].any()  # and nothing else was written
+
+
+def llama_from(model: PreTrainedModel, changes: dict[str, Any]) -> tuple[DecoderWeights, Plan]:
+    """The weights of a transformers model of the Llama family, as they are."""
+    config, state = model.config, model.state_dict()
+
+    def packed(*names: str) -> Any:
+        weight = torch.cat([state[f"{name}.weight"] for name in names])
+        return pack(BFLOAT16.quantize(weight), weight.shape[1], BFLOAT16)
+
+    layers, mlps = [], []
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}."
+        names = [f"{at}self_attn.{part}_proj" for part in "qkv"]
+        biases = [state[f"{name}.bias"] for name in names if f"{name}.bias" in state]
+        layers.append(
+            LayerWeights(
+                norm1=Norm(state[f"{at}input_layernorm.weight"]),
+                norm2=Norm(state[f"{at}post_attention_layernorm.weight"]),
+                qkv=packed(*names),
+                o=packed(f"{at}self_attn.o_proj"),
+                qkv_bias=torch.cat(biases) if biases else None,
+                q_norm=state.get(f"{at}self_attn.q_norm.weight"),
+                k_norm=state.get(f"{at}self_attn.k_norm.weight"),
+            )
+        )
+        gate, up, down = (state[f"{at}mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        records = torch.cat([BFLOAT16.quantize(part) for part in (gate, up, down.t())], dim=1)
+        mlps.append(pack_mlp(records, config.hidden_size, BFLOAT16, gated=True))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights = DecoderWeights(
+        layers=layers,
+        final_norm=Norm(state["model.norm.weight"]),
+        head=packed("lm_head"),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        norm_eps=config.rms_norm_eps,
+        activation="silu",
+        embed=state["model.embed_tokens.weight"].to(torch.bfloat16),
+        inverse_frequencies=model.model.rotary_emb.inv_freq,
+        **changes,
+    )
+    return weights, Plan(mlps, [None] * len(mlps))
+
+
+def opt_from(model: PreTrainedModel) -> tuple[DecoderWeights, Plan]:
+    """The same of an OPT model."""
+    config, state = model.config, model.state_dict()
+
+    def packed(*names: str) -> Any:
+        weight = torch.cat([state[f"{name}.weight"] for name in names])
+        return pack(BFLOAT16.quantize(weight), weight.shape[1], BFLOAT16)
+
+    def norm(name: str) -> Norm:
+        return Norm(state[f"{name}.weight"], state[f"{name}.bias"])
+
+    layers: list[LayerWeights] = []
+    mlps: list[PackedMlp] = []
+    for i in range(config.num_hidden_layers):
+        at = f"model.decoder.layers.{i}."
+        names = [f"{at}self_attn.{part}_proj" for part in "qkv"]
+        layers.append(
+            LayerWeights(
+                norm1=norm(f"{at}self_attn_layer_norm"),
+                norm2=norm(f"{at}final_layer_norm"),
+                qkv=packed(*names),
+                o=packed(f"{at}self_attn.out_proj"),
+                qkv_bias=torch.cat([state[f"{name}.bias"] for name in names]),
+                o_bias=state[f"{at}self_attn.out_proj.bias"],
+                mlp_out_bias=state[f"{at}fc2.bias"],
+            )
+        )
+        into, out = state[f"{at}fc1.weight"], state[f"{at}fc2.weight"]
+        records = torch.cat([BFLOAT16.quantize(part) for part in (into, out.t())], dim=1)
+        bias = state[f"{at}fc1.bias"]
+        mlps.append(
+            pack_mlp(
+                records, config.hidden_size, BFLOAT16, gated=False, in_bias=bias, skip_zeros=True
+            )
+        )
+    weights = DecoderWeights(
+        layers=layers,
+        final_norm=norm("model.decoder.final_layer_norm"),
+        head=packed("lm_head"),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        norm_eps=1e-5,
+        activation="relu",
+        layer_norm=True,
+        position=state["model.decoder.embed_positions.weight"],
+    )
+    return weights, Plan(mlps, [None] * len(mlps))
+
+
+@pytest.mark.parametrize("path", [*NATIVE, None])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "opt"])
+def test_a_step_is_what_transformers_computes(model_type: str, path: str | None) -> None:
+    # Weights that bfloat16 holds exactly: nothing is rounded but in float32.
+    model = tiny_model(model_type, dtype=torch.bfloat16).float()
+    weights, plan = opt_from(model) if model_type == "opt" else llama_from(model, {})
+    tokens = torch.tensor([[5, 9, 200, 13, 13, 77, 31]])
+    with torch.no_grad():
+        wanted = model(tokens).logits[0]
+    cache = cache_of(weights)
+    offset = 2 if model_type == "opt" else 0
+    for step, token in enumerate(tokens[0].tolist()):
+        rows = [Row(token, step + offset, step, plan, cache)]
+        if path is None:
+            found = decode_step_twin(weights, rows)
+        else:
+            with using(path):
+                found = decode_step(weights, rows)
+        torch.testing.assert_close(found[0], wanted[step], rtol=1e-4, atol=2e-4)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weights, records = model_of(BFLOAT16, **VARIANTS["opt"])
+    plan = plan_of(weights, records, BFLOAT16, None)
+    good = Row(1, 1, 1, plan, cache_of(weights))
+    refused = [
+        ([], "1 to 8 rows"),
+        ([good] * 9, "1 to 8 rows, got 9"),
+        ([replace(good, token=VOCAB)], "token 71 is outside"),
+        ([replace(good, token=-1)], "token -1 is outside"),
+        ([replace(good, length=40)], "room for 40 tokens"),
+        ([replace(good, position=50)], "position 50 is outside"),
+        ([replace(good, plan=Plan(plan.mlps[:1], [None]))], "plan of 1 layers"),
+    ]
+    for rows, message in refused:
+        with pytest.raises(UserError, match=message):
+            decode_step(weights, rows)
+    with pytest.raises(UserError, match="no activation"):
+        replace(weights, activation="tanh")

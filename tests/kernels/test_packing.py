@@ -1,0 +1,130 @@
+"""Layouts: what a packed matrix holds, and that native code and twin agree to the byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from coreinfer.errors import UserError
+from coreinfer.kernels.arena import Arena
+from coreinfer.kernels.formats import GROUP_SIZES, WeightFormat
+from coreinfer.kernels.packing import pack, pack_mlp
+from coreinfer.kernels.packing_twin import unpack_down, unpack_row, unpack_rows
+from tests.kernels.paths import PATHS, using
+
+FORMATS = [WeightFormat("bfloat16", 0)]
+FORMATS += [WeightFormat(dtype, g) for dtype in ("int8", "int4") for g in GROUP_SIZES]
+CHOICE = torch.tensor([40, 3, 7, 7, 0, 21], dtype=torch.int32)
+
+
+def width(form: WeightFormat, groups: int = 3) -> int:
+    """An awkward number of columns."""
+    return form.group_size * groups or 37
+
+
+def records_of(form: WeightFormat, rows: int, columns: int, seed: int = 0) -> Tensor:
+    return form.quantize(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("index", [None, CHOICE, CHOICE[:0]], ids=["all", "chosen", "none"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_a_packed_matrix_holds_the_weights(
+    form: WeightFormat, path: str, index: Tensor | None
+) -> None:
+    columns = width(form)
+    records = records_of(form, 41, columns)
+    with using(path):
+        packed = pack(records, columns, form, index=index, threads=2)
+    wanted = form.dequantize(records if index is None else records[index], columns)
+    assert torch.equal(unpack_rows(packed), wanted)
+    for row in range(0, len(wanted), 5):
+        assert torch.equal(unpack_row(packed, row), wanted[row])
+
+
+@pytest.mark.parametrize("by_neuron", [False, True], ids=["streamed", "by neuron"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_a_packed_mlp_holds_its_chosen_neurons(
+    form: WeightFormat, gated: bool, by_neuron: bool
+) -> None:
+    columns = width(form)
+    parts = [records_of(form, 41, columns, seed) for seed in range(3 if gated else 2)]
+    bias = None if gated else torch.randn(41)
+    for index in (None, CHOICE):
+        rows = torch.arange(41) if index is None else index.long()
+        kept = []
+        for path in PATHS:
+            with using(path):
+                mlp = pack_mlp(
+                    torch.cat(parts, dim=1),
+                    columns,
+                    form,
+                    gated=gated,
+                    index=index,
+                    in_bias=bias,
+                    skip_zeros=by_neuron,
+                    threads=2,
+                )
+            kept.append(mlp)
+        for mlp in kept:
+            assert torch.equal(mlp.into.data, kept[0].into.data)
+            assert torch.equal(mlp.down.data, kept[0].down.data)
+            assert mlp.num_neurons == len(rows)
+        into = unpack_rows(kept[0].into).unflatten(0, (-1, len(parts) - 1, 16))
+        for part in range(len(parts) - 1):
+            weights = into[:, part].flatten(0, 1)
+            assert torch.equal(weights[: len(rows)], form.dequantize(parts[part][rows], columns))
+            assert not weights[len(rows) :].any()  # neurons that pad a tile do nothing
+        q, scales, minima = unpack_down(kept[0].down)
+        if form.group_size:
+            grouped = q.unflatten(1, (-1, form.group_size))
+            q = (grouped * scales[..., None] + minima[..., None]).flatten(1)
+        assert torch.equal(q, form.dequantize(parts[-1][rows], columns))
+        if bias is not None:
+            assert kept[0].in_bias is not None
+            assert torch.equal(kept[0].in_bias[: len(rows)], bias[rows])
+            assert not kept[0].in_bias[len(rows) :].any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_records_may_be_a_view_of_wider_ones(path: str) -> None:
+    form = WeightFormat("int8", 16)
+    wide = torch.cat([records_of(form, 20, 32, seed) for seed in range(2)], dim=1)
+    size = form.row_bytes(32)
+    with using(path):
+        packed = pack(wide[:, size:], 32, form)
+    assert torch.equal(unpack_rows(packed), form.dequantize(wide[:, size:], 32))
+
+
+def test_pieces_of_an_arena_are_aligned_and_apart() -> None:
+    arena = Arena(chunk_bytes=1 << 16)
+    pieces = [arena.take(size) for size in (1, 0, 100, 1 << 17, 64, 65)]
+    assert [len(piece) for piece in pieces] == [1, 0, 100, 1 << 17, 64, 65]
+    assert all(piece.data_ptr() % 64 == 0 for piece in pieces)
+    for number, piece in enumerate(pieces):
+        piece.fill_(number)
+    for number, piece in enumerate(pieces):
+        assert bool((piece == number).all())
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([0, 41]), torch.tensor([-1])])
+def test_neurons_that_are_not_there_are_refused(wrong: Tensor) -> None:
+    form = WeightFormat("int8", 16)
+    with pytest.raises(UserError, match="do not fit a layer of 41"):
+        pack(records_of(form, 41, 32), 32, form, index=wrong.to(torch.int32))
+    with pytest.raises(UserError, match="int32"):
+        pack(records_of(form, 41, 32), 32, form, index=wrong)
+
+
+def test_records_of_another_length_are_refused() -> None:
+    form = WeightFormat("int4", 16)
+    with pytest.raises(UserError, match="records are uint8 of 36 bytes"):
+        pack(records_of(form, 4, 32), 48, form)
+    with pytest.raises(UserError, match="records are uint8 of 72 bytes"):
+        pack_mlp(records_of(form, 4, 32), 32, form, gated=True)
+    with pytest.raises(UserError, match="gated"):
+        pack_mlp(
+            torch.zeros(4, 72, dtype=torch.uint8), 32, form, gated=True, in_bias=torch.zeros(4)
+        )
