@@ -268,7 +268,10 @@ def test_a_full_disk_is_one_line_and_the_work_is_kept(
     monkeypatch.undo()
     notes: list[str] = []
     store = build(tiny_backend(), corpus, tmp_path / "b", batch_size=4, on_note=notes.append)
-    assert notes == ["going on with counting after 8 documents"]
+    assert notes == [
+        "going on with 30 documents embedded",
+        "going on after counting 8 documents",
+    ]
     assert all(torch.equal(x, y) for x, y in zip(store.counts, uninterrupted.counts, strict=True))
 
 

@@ -243,7 +243,9 @@ class _Build:
         state = {"batches": 0, "documents": 0, "cut": 0, "size": 0, "complete": False}
         if found and self.work.has_vectors(4 * found.state["documents"] * found.state["size"]):
             state = dict(found.state)
-        if not state["complete"]:
+        if state["complete"]:
+            self.on_note(f"going on with {state['documents']} documents embedded")
+        else:
             state = self._embed_from(state, settings)
         shape = (state["documents"], state["size"])
         vectors = torch.from_file(
@@ -352,7 +354,7 @@ class _Build:
 
     def _bar(self, what: str, *, done: int, total: int | None = None) -> Any:
         if done:
-            self.on_note(f"going on with {what} after {done} documents")
+            self.on_note(f"going on after {what} {done} documents")
         # None is tqdm's "unless stderr is no terminal".
         disable = None if self.progress else True
         return tqdm(desc=what, unit="doc", initial=done, total=total, disable=disable)
