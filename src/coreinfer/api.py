@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +21,7 @@ from coreinfer.runtime.text import Message, encode_prompt, encode_raw
 from coreinfer.selectors import Dense, Selector, Stability
 from coreinfer.standins import StandIn
 
-BACKENDS = ("hf",)
+BACKENDS = ("hf", "native")
 
 T = TypeVar("T")
 
@@ -213,26 +214,34 @@ def load(
     Args:
         model: "smollm2-135m-instruct", a Hugging Face id, a folder with safetensors, or a .gguf
             file. Weights are never unpickled and no code of a model is run.
-        backend: "hf".
-        dtype: "float32", "bfloat16" or "float16"; None for float32 on a CPU.
-        device: any that torch has; None for the CPU.
+        backend: "hf", transformers with its MLPs rerouted, or "native", the decoder for CPUs.
+        dtype: of hf: "float32", "bfloat16" or "float16", None for float32 on a CPU; of native:
+            "bfloat16", "int8" or "int4", None for bfloat16 or what a converted folder holds.
+        device: any that torch has; None for the CPU, which is all that native knows.
         threads: CPU threads for this process; None leaves them as they are.
         on_progress: told what is going on where it takes long.
 
     Raises:
         UserError: if the model is not found, damaged, or of an unknown architecture.
     """
-    import torch
-
-    from coreinfer.backends.hf.session import HfBackend
-    from coreinfer.models.loading import load as load_weights
-
     if backend not in BACKENDS:
         raise UserError(f"there is no backend {backend!r} here; there is {', '.join(BACKENDS)}")
     if threads is not None:
-        if threads < 1:
-            raise UserError(f"threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
+        _use_threads(threads)
+    if backend == "native":
+        from coreinfer.backends.native.open import open_native
+
+        if device not in (None, "cpu"):
+            raise UserError(
+                f"the native backend computes on the CPU, not on {device!r}; use --backend hf"
+            )
+        return LLM(open_native(model, dtype=dtype, on_progress=on_progress))
+    from coreinfer.backends.hf.session import HfBackend
+    from coreinfer.backends.native.container import is_converted
+    from coreinfer.models.loading import load as load_weights
+
+    if is_converted(model):
+        raise UserError(f"{model!r} is a converted model; use --backend native for it")
     loaded = load_weights(model, dtype=dtype, device=device, on_progress=on_progress)
     return LLM(HfBackend(loaded.model, loaded.tokenizer, loaded.name))
 
@@ -244,6 +253,17 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    if threads < 1:
+        raise UserError(f"threads must be at least 1, got {threads}")
+    cores = os.cpu_count() or threads
+    if threads > cores:
+        raise UserError(f"threads must be at most {cores}, this machine's cores, got {threads}")
+    torch.set_num_threads(threads)
 
 
 def _dense_like(selector: Selector) -> Dense:

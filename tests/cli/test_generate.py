@@ -194,14 +194,36 @@ def test_settings_without_effect_are_pointed_out(cli: Cli, model_dir: Path) -> N
         (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 or more, got -1.0"),
         (["--prompt", "a", "--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["--prompt", "a", "--threads", "0"], "threads must be at least 1, got 0"),
-        (["--prompt", "a", "--backend", "native"], "native"),
-        (["--prompt", "a", "--dtype", "int4"], "int4"),
+        (["--prompt", "a", "--min-p", "2"], "min_p must be 0 (all) to 1, got 2.0"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be above 0"),
+        (["--prompt", "a", "--threads", "9999"], "this machine's cores, got 9999"),
+        (["--prompt", "a", "--backend", "native", "--dtype", "float32"], "use --backend hf"),
+        (["--prompt", "a", "--backend", "native", "--device", "cuda"], "use --backend hf"),
+        (["--prompt", "a", "--dtype", "int4"], "use --backend native"),
         (["--prompt", "a", "--device", "abacus"], "abacus"),
         (["--prompt", "a", "--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(cli: Cli, model_dir: Path, options: list[str], message: str) -> None:
     assert message in refusal(cli("generate", "--model", model_dir, *options))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_native_backend_answers(
+    cli: Cli, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setenv("COREINFER_CACHE", str(tmp_path))
+    run = cli(
+        "generate", "--model", model_dir, "--backend", "native", "--dtype", dtype, "--prompt", "hi",
+        "--max-new-tokens", 5, "--ignore-eos", "--repetition-penalty", 1.1, "--json",
+    )  # fmt: skip
+    if dtype == "int8":  # 32 columns are no group of 64
+        assert "group" in refusal(run)
+        return
+    record = json.loads(run.out)
+    assert (record["backend"], record["dtype"]) == ("native", dtype)
+    assert record["generated_tokens"] == 5
+    assert record["bytes_per_token"] < record["dense_bytes_per_token"]
 
 
 def test_a_file_in_another_encoding_is_refused(cli: Cli, model_dir: Path, tmp_path: Path) -> None:

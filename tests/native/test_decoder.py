@@ -23,6 +23,7 @@ PROMPTS = [
     [7],
 ]
 RULE = Stability(alpha=0.3, beta=0.4)
+ROUNDING = 0.06  # of activations to eight bits, relative, through three layers
 close = torch.testing.assert_close
 
 
@@ -38,7 +39,11 @@ def same_answers(pair: Pair, rule: Selector, stand_in: StandIn | None, tolerance
             assert kept.tolist() == two.core_set.layers[layer].tolist()
         assert one.core_set.model_fingerprint == pair.native.fingerprint
     for ids in ([[1], [2], [3]], [[40], [50], [60]], [[9], [9], [9]]):
-        close(native.decode(ids), hf.decode(ids), rtol=tolerance, atol=tolerance)
+        got, want = native.decode(ids), hf.decode(ids)
+        if pair.native.dtype == "bfloat16":
+            close(got, want, rtol=tolerance, atol=tolerance)
+        else:  # the kernels round activations to eight bits there
+            assert (got - want).norm() < ROUNDING * want.norm()
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -52,7 +57,7 @@ def test_dense_and_sparse_logits_are_those_of_transformers(variant: str, dtype: 
 @pytest.mark.parametrize("stand_in", [Mean(), Linear(rank=4)])
 @pytest.mark.parametrize("variant", ["llama", "biased", "opt"])
 def test_stand_ins_are_those_of_hf(variant: str, stand_in: StandIn) -> None:
-    same_answers(tiny_pair(variant), RULE, stand_in, 1e-3)
+    same_answers(tiny_pair(variant), RULE, stand_in, 1e-2)  # its maps are bfloat16
 
 
 def test_sizes_that_nothing_divides() -> None:
@@ -101,7 +106,7 @@ def test_keeping_everything_is_dense() -> None:
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
 def test_narrow_compute_chooses_nearly_the_same_neurons(compute: torch.dtype) -> None:
     """Jaccard of at least 0.8 a layer with 48 neurons, where one neuron is 0.1 of a set."""
-    pair = tiny_pair("llama", compute=compute, cache_dtype=torch.float16)
+    pair = tiny_pair("llama", compute=compute, cache_dtype=torch.bfloat16)
     plan = RecordingPlan.of(RULE)
     native, hf = pair.native.start(plan), pair.hf.start(plan)
     close(native.prefill(PROMPTS), hf.prefill(PROMPTS), rtol=0.1, atol=0.1)
@@ -167,7 +172,7 @@ def test_the_bytes_of_a_token_are_those_of_the_stored_weights(dtype: str) -> Non
     session = pair.native.start(RecordingPlan.of(RULE, Linear(rank=4)))
     session.prefill(PROMPTS[:1])
     choice = session.select(RULE, Linear(rank=4))[0]
-    assert choice.stand_in_bytes == layers * (d + 2 * 4 * d) * 4
+    assert choice.stand_in_bytes == layers * (d * 4 + 2 * 4 * d * 2)
     kept = layers * round(0.4 * neurons) * neuron
     assert cost.sparse(choice.core_set) == cost.shared + kept
 

@@ -38,6 +38,10 @@ class ModelView(Protocol):
         """W_down, [d, D]; a stand-in is fitted on it and has its dtype."""
         ...
 
+    def stand_in_bytes(self, terms: StandInTerms) -> int:
+        """Bytes that decode reads for the stand-in of a layer."""
+        ...
+
 
 @dataclass(frozen=True)
 class Chosen(Generic[Compact]):
@@ -116,7 +120,7 @@ def choose(
                 for recorder, index in zip(recorders, kept, strict=True)
             ]
             for row, term in enumerate(terms):
-                stand_in_bytes[row] += term.num_weights * term.offset.element_size()
+                stand_in_bytes[row] += model.stand_in_bytes(term)
         compact[layer] = compact_layer(layer, kept, terms)
     choices = [
         Choice(

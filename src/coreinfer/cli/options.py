@@ -41,20 +41,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="hf",
         choices=("hf", "native"),
-        help="what runs the model: hf, transformers with its MLPs rerouted (default). native, the "
-        "CPU runtime for quantised weights, is not part of this version",
+        help="what runs the model: hf, transformers with its MLPs rerouted (default), or native, "
+        "the decoder for CPUs, which converts a model when it is first used",
     )
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "int8", "int4"),
-        help="number format of the weights (default: float32 on a CPU); int8 and int4 need the "
-        "native backend",
+        help="number format of the weights: float32, bfloat16 or float16 on hf (default: float32 "
+        "on a CPU); bfloat16 (default), int8 or int4 on native",
     )
     group.add_argument(
         "--device", metavar="DEV", help="torch device, such as cpu or cuda:0 (default: cpu)"
     )
     group.add_argument(
-        "--threads", type=whole, metavar="N", help="CPU threads, from 1 (default: torch's choice)"
+        "--threads",
+        type=whole,
+        metavar="N",
+        help="CPU threads, 1 to the number of cores (default: torch's choice)",
     )
     add_config_option(group)
 

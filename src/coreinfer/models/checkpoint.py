@@ -53,6 +53,25 @@ def load_folder(
     return model, tokenizer
 
 
+def read_companions(
+    folder: Path, tensor_count: int
+) -> tuple[PreTrainedTokenizerBase, GenerationConfig]:
+    """What lies beside the weights of a model folder.
+
+    Args:
+        folder: the model's.
+        tensor_count: how many tensors its weights have.
+
+    Raises:
+        UserError: if a part is missing or damaged.
+    """
+    require_tokenizer(folder)
+    config = make_config(read_config(folder), tensor_count, repr(str(folder / CONFIG)))
+    generation = _read_generation(folder / GENERATION)
+    tokenizer = _read_tokenizer(folder, config)
+    return tokenizer, generation or GenerationConfig.from_model_config(config)
+
+
 def require_tokenizer(folder: Path) -> None:
     """Raises UserError unless a model folder has a tokenizer."""
     if not any((folder / name).is_file() for name in TOKENIZERS):

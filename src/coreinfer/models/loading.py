@@ -119,8 +119,8 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name in NATIVE_DTYPES:
         raise UserError(
-            f"dtype {name!r} belongs to the native backend, which this version does not have; "
-            f"use {', '.join(DTYPES)}"
+            f"dtype {name!r} belongs to the native backend; use --backend native, "
+            f"or {', '.join(DTYPES)}"
         )
     if name not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any
@@ -146,6 +146,13 @@ class DecoderConfig:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def require_tokens(self, token_ids: Iterable[Iterable[int]]) -> None:
+        """Raises UserError if a token is not in the vocabulary."""
+        for tokens in token_ids:
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise UserError(f"token {token} is not in the vocabulary of {self.vocab_size}")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

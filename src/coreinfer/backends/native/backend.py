@@ -9,6 +9,7 @@ from coreinfer.backends.native.cache import KvCache
 from coreinfer.backends.native.decoder import Decoder
 from coreinfer.backends.native.products import Products
 from coreinfer.backends.native.session import NativeSession
+from coreinfer.backends.native.steps import Stepper
 from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.core.measures import ReadCost
 from coreinfer.recording import RecordingPlan
@@ -23,7 +24,7 @@ class NativeBackend:
         tokenizer: its tokenizer.
         generation: says which tokens end an answer; by default the tokenizer does.
         compute: what a prefill multiplies in; float32 is exact.
-        cache_dtype: of keys and values, float16 or float32.
+        cache_dtype: of keys and values, bfloat16 or float32.
         prefill_chunk: tokens that a prefill pass reads at most, over all sequences.
     """
 
@@ -36,12 +37,13 @@ class NativeBackend:
         *,
         generation: GenerationConfig | None = None,
         compute: torch.dtype = torch.float32,
-        cache_dtype: torch.dtype = torch.float16,
+        cache_dtype: torch.dtype = torch.bfloat16,
         prefill_chunk: int = 512,
     ) -> None:
         self.weights = weights
         self.tokenizer = tokenizer
         self.decoder = Decoder(weights, Products(weights.format, compute))
+        self.stepper = Stepper(weights)
         self.prefill_chunk = prefill_chunk
         self._generation = generation
         self._cache_dtype = cache_dtype

@@ -18,7 +18,6 @@ from coreinfer.backends.native.architecture import DecoderConfig
 from coreinfer.backends.native.cache import KvCache
 from coreinfer.backends.native.products import Products
 from coreinfer.backends.native.weights import NativeWeights
-from coreinfer.errors import UserError
 
 
 class Mlp(Protocol):
@@ -61,12 +60,8 @@ class Decoder:
             UserError: if a sequence becomes longer than the model reads, or a token is unknown.
         """
         lengths = [len(row) for row in token_ids]
+        self.config.require_tokens(token_ids)
         ids = torch.tensor([token for row in token_ids for token in row], dtype=torch.long)
-        outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
-        if outside.numel():
-            raise UserError(
-                f"token {int(outside[0])} is not in the vocabulary of {self.config.vocab_size}"
-            )
         for cache, length in zip(caches, lengths, strict=True):
             cache.reserve(length)
         positions = torch.cat(

@@ -8,6 +8,21 @@ import torch
 from torch import Tensor
 
 from coreinfer.kernels.formats import WeightFormat
+from coreinfer.kernels.linear import dequantize
+
+
+def compute_dtype() -> torch.dtype:
+    """The dtype that this processor multiplies fastest in, of those that are precise enough.
+
+    float16 has eight times the precision of bfloat16, and sums are float32 in both.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    able = {} if capabilities is None else capabilities()
+    if able.get("avx512_fp16") or able.get("amx_fp16"):
+        return torch.float16
+    if able.get("avx512_bf16") or able.get("amx_bf16"):
+        return torch.bfloat16
+    return torch.float32
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Products:
 
     def _product(self, x: Tensor, records: Tensor, columns: int, *, transposed: bool) -> Tensor:
         for dtype in (self.dtype, torch.float32):
-            weights = self.format.dequantize(records, columns, dtype)
+            weights = dequantize(records, columns, self.format, dtype=dtype)
             y = (x.to(dtype) @ (weights.t() if transposed else weights)).float()
             # A sum is cheaper to look at than every number, and as infinite as any of them.
             if dtype is not torch.float16 or bool(y.sum().isfinite()):

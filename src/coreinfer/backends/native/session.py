@@ -12,12 +12,13 @@ from torch import Tensor
 from coreinfer.backends.base import Choice, Phase
 from coreinfer.backends.choose import choose, evidence_of
 from coreinfer.backends.native.cache import KvCache
-from coreinfer.backends.native.mlp import CoreMlp, Mlps, gather
+from coreinfer.backends.native.mlp import DenseMlps
 from coreinfer.errors import UserError
+from coreinfer.kernels.weights import Plan
 from coreinfer.recording import BatchWindows, PromptRecorder, RecordingPlan
 from coreinfer.selectors import Selector
 from coreinfer.selectors.evidence import Evidence
-from coreinfer.standins import StandIn, StandInTerms
+from coreinfer.standins import StandIn
 
 if TYPE_CHECKING:
     from coreinfer.backends.native.backend import NativeBackend
@@ -37,7 +38,7 @@ class NativeSession:
         self._recorders: list[PromptRecorder] = []
         self._futures: list[PromptRecorder] | None = None
         self._texts: list[str] | None = None
-        self._core: dict[int, list[CoreMlp]] = {}
+        self._plans: list[Plan] | None = None  # before the selection: all neurons
         self._shared = False  # the recorders are also those of a fork
 
     @property
@@ -74,15 +75,19 @@ class NativeSession:
 
     @torch.no_grad()
     def select(self, selector: Selector, stand_in: StandIn | None = None) -> list[Choice]:
+        stepper = self._backend.stepper
         chosen = choose(
             self._backend.weights,
             self._recorders,
             self.evidence(),
             selector,
             stand_in,
-            self._gather,
+            stepper.pack_layer,
         )
-        self._core = chosen.compact
+        self._plans = [
+            stepper.plan({layer: rows[row] for layer, rows in chosen.compact.items()})
+            for row in range(len(self._recorders))
+        ]
         return chosen.choices
 
     @torch.no_grad()
@@ -92,9 +97,9 @@ class NativeSession:
         found = torch.zeros(len(lengths), max(lengths), vocab)
         if not any(lengths):
             return found
-        decoder = self._backend.decoder
-        mlps = Mlps(decoder.weights, decoder.products, core=self._core, lengths=lengths)
-        logits = decoder.logits(decoder.read(token_ids, self._caches, mlps))
+        stepper = self._backend.stepper
+        plans = self._plans or [stepper.dense_plan] * len(lengths)
+        logits = stepper.decode(token_ids, self._caches, plans)
         for row, part in zip(found, logits.split(lengths), strict=True):
             row[: len(part)] = part
         return found
@@ -109,15 +114,6 @@ class NativeSession:
         config = self._backend.weights.config
         sizes = [(config.num_neurons, config.hidden_size)] * config.num_layers
         return [PromptRecorder(self._plan, sizes) for _ in range(batch)]
-
-    def _gather(
-        self, layer: int, kept: list[Tensor], terms: list[StandInTerms] | None
-    ) -> list[CoreMlp]:
-        stand_ins = [None] * len(kept) if terms is None else terms
-        return [
-            gather(self._backend.weights, layer, index, stand_in)
-            for index, stand_in in zip(kept, stand_ins, strict=True)
-        ]
 
     @torch.no_grad()
     def _record(
@@ -144,7 +140,7 @@ class NativeSession:
                 for recorder, window in zip(recorders, seen, strict=True):  # noqa: B023
                     recorder.observe(layer, x[window.columns], h[window.columns], window)
 
-            mlps = Mlps(decoder.weights, decoder.products, observe=observe)
+            mlps = DenseMlps(decoder.weights, decoder.products, observe)
             hidden = decoder.read(part, self._caches, mlps)
             ends = lengths.cumsum(0) - 1
             last[lengths > 0] = hidden[ends[lengths > 0]]

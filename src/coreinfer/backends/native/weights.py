@@ -14,6 +14,7 @@ from coreinfer.backends.native.tensors import encode, tensor_plans
 from coreinfer.core.measures import ReadCost
 from coreinfer.kernels.formats import WeightFormat
 from coreinfer.models.mlp import fingerprint, mlp_layers
+from coreinfer.standins import StandInTerms
 
 _TABLE = WeightFormat.named("bfloat16")
 
@@ -63,6 +64,10 @@ class NativeWeights:
         rows = self.tensors["position"][positions + self.config.position_offset]
         return _TABLE.dequantize(rows, self.config.hidden_size)
 
+    def position_table(self) -> Tensor:
+        """The learned vectors of all positions, those before position 0 included, float32."""
+        return _TABLE.dequantize(self.tensors["position"], self.config.hidden_size)
+
     def mlp_part(self, layer: int, part: int) -> Tensor:
         """Records of one part of all neurons: [D, row_bytes(d)], a view; -1 is the down columns."""
         size = self.format.row_bytes(self.config.hidden_size)
@@ -72,6 +77,11 @@ class NativeWeights:
     def down(self, layer: int) -> Tensor:
         """W_down, [d, D] float32."""
         return self.format.dequantize(self.mlp_part(layer, -1), self.config.hidden_size).t()
+
+    def stand_in_bytes(self, terms: StandInTerms) -> int:
+        """Bytes that decode reads for the stand-in of a layer: a float32 offset, bfloat16 maps."""
+        maps = terms.num_weights - terms.offset.numel()
+        return 4 * terms.offset.numel() + 2 * maps
 
     def column_norms(self, layer: int) -> Tensor:
         """|W_down[:, n]|_2 of every neuron, [D] float64; computed once a layer."""

@@ -1,0 +1,182 @@
+"""Decode steps: a model packed for the kernels, and each sequence's plan to decode with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from coreinfer.backends.native.cache import KvCache
+from coreinfer.backends.native.weights import NativeWeights
+from coreinfer.kernels.arena import Arena
+from coreinfer.kernels.decode import decode_step
+from coreinfer.kernels.layout import Packed, PackedMlp
+from coreinfer.kernels.linear import MAX_ROWS
+from coreinfer.kernels.packing import pack, pack_mlp
+from coreinfer.kernels.weights import (
+    DecoderWeights,
+    KeyValueCache,
+    LayerWeights,
+    Norm,
+    Plan,
+    Row,
+    StandInWeights,
+)
+from coreinfer.standins import StandInTerms
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """The core neurons of one sequence in one layer, packed, and the stand-in for the others."""
+
+    mlp: PackedMlp
+    stand_in: StandInWeights | None
+
+
+class Stepper:
+    """Decodes tokens, eight rows at a time, with the kernels.
+
+    Everything but the MLPs is packed at once; the MLP of a layer when all its neurons are first
+    asked for.
+
+    Args:
+        weights: the model.
+        threads: of the kernels; torch's own number unless given.
+    """
+
+    def __init__(self, weights: NativeWeights, threads: int | None = None) -> None:
+        self._weights = weights
+        self._threads = threads
+        # A neuron whose activation is exactly zero is not read.
+        self._skip_zeros = weights.config.activation == "relu"
+        self._arena = Arena()
+        self._dense: dict[int, PackedMlp] = {}
+        self._decoder = self._pack()
+
+    @cached_property
+    def dense_plan(self) -> Plan:
+        """What a sequence decodes with that keeps all neurons."""
+        return self.plan({})
+
+    def pack_layer(
+        self, layer: int, kept: Sequence[Tensor], terms: Sequence[StandInTerms] | None
+    ) -> list[SparseLayer]:
+        """The kept neurons [K] of each sequence; equal sets are packed, and later read, once."""
+        arena = Arena()
+        packed: dict[bytes, PackedMlp] = {}
+        layers = []
+        for row, index in enumerate(kept):
+            key = index.numpy().tobytes()
+            if key not in packed:
+                packed[key] = self._pack_mlp(layer, index, arena)
+            stand_in = None
+            if terms is not None:
+                term = terms[row]
+                stand_in = StandInWeights.pack(term.offset, term.left, term.right, arena)
+            layers.append(SparseLayer(packed[key], stand_in))
+        return layers
+
+    def plan(self, sparse: Mapping[int, SparseLayer]) -> Plan:
+        """What a sequence decodes with: its sparse layers, and the others whole."""
+        mlps: list[PackedMlp] = []
+        stand_ins: list[StandInWeights | None] = []
+        for layer in range(self._weights.config.num_layers):
+            own = sparse.get(layer)
+            mlps.append(self._dense_mlp(layer) if own is None else own.mlp)
+            stand_ins.append(None if own is None else own.stand_in)
+        return Plan(mlps, stand_ins)
+
+    def decode(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        caches: Sequence[KvCache],
+        plans: Sequence[Plan],
+    ) -> Tensor:
+        """Append tokens to sequences; logits after each, all sequences' in order, [N, V].
+
+        Raises:
+            UserError: if a sequence becomes longer than the model reads, or a token is unknown.
+        """
+        rows: list[Row] = []
+        offset = self._weights.config.position_offset
+        self._weights.config.require_tokens(token_ids)
+        for tokens, cache, plan in zip(token_ids, caches, plans, strict=True):
+            cache.reserve(len(tokens))
+            view = KeyValueCache(cache.data[:, 0], cache.data[:, 1])
+            for length, token in enumerate(tokens, start=cache.length):
+                rows.append(Row(token, length + offset, length, plan, view))
+        found = [
+            decode_step(self._decoder, rows[start : start + MAX_ROWS], self._threads)
+            for start in range(0, len(rows), MAX_ROWS)
+        ]
+        for tokens, cache in zip(token_ids, caches, strict=True):
+            cache.advance(len(tokens))
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _dense_mlp(self, layer: int) -> PackedMlp:
+        if layer not in self._dense:
+            self._dense[layer] = self._pack_mlp(layer, None, self._arena)
+        return self._dense[layer]
+
+    def _pack_mlp(self, layer: int, index: Tensor | None, arena: Arena) -> PackedMlp:
+        weights = self._weights
+        return pack_mlp(
+            weights.tensors[f"layers.{layer}.mlp"],
+            weights.config.hidden_size,
+            weights.format,
+            gated=weights.config.gated,
+            index=index,
+            in_bias=weights.vector(f"layers.{layer}.mlp_in_bias"),
+            skip_zeros=self._skip_zeros,
+            arena=arena,
+            threads=self._threads,
+        )
+
+    def _pack(self) -> DecoderWeights:
+        weights, config = self._weights, self._weights.config
+
+        def linear(name: str, columns: int) -> Packed:
+            return pack(
+                weights.tensors[name],
+                columns,
+                weights.format,
+                arena=self._arena,
+                threads=self._threads,
+            )
+
+        def norm(name: str) -> Norm:
+            return Norm(weights.tensors[f"{name}.weight"], weights.vector(f"{name}.bias"))
+
+        def layer(index: int) -> LayerWeights:
+            name = f"layers.{index}."
+            return LayerWeights(
+                norm1=norm(f"{name}norm1"),
+                norm2=norm(f"{name}norm2"),
+                qkv=linear(f"{name}qkv", config.hidden_size),
+                o=linear(f"{name}o", config.q_size),
+                qkv_bias=weights.vector(f"{name}qkv_bias"),
+                o_bias=weights.vector(f"{name}o_bias"),
+                mlp_out_bias=weights.vector(f"{name}mlp_out_bias"),
+                q_norm=weights.vector(f"{name}q_norm"),
+                k_norm=weights.vector(f"{name}k_norm"),
+            )
+
+        rope = config.rope
+        embed = None if config.tied else weights.tensors["embed"].view(torch.bfloat16)
+        return DecoderWeights(
+            layers=[layer(index) for index in range(config.num_layers)],
+            final_norm=norm("final_norm"),
+            head=linear("head", config.hidden_size),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            norm_eps=config.norm_eps,
+            activation=config.activation,
+            layer_norm=config.norm == "layer",
+            embed=embed,
+            position=weights.position_table() if rope is None else None,
+            inverse_frequencies=None if rope is None else rope.inverse_frequencies(config.head_dim),
+        )
