@@ -28,12 +28,24 @@ int64_t q_bytes(int32_t dtype, int64_t columns) {
   return dtype == CI_BFLOAT16 ? 2 * columns : dtype == CI_INT8 ? columns : columns / 2;
 }
 
+// Whole words of sixteen rows: all sizes are constant, which makes it fast.
+void copy_words(const uint8_t* const* rows, int64_t words, uint32_t flip, uint8_t* tile) {
+  for (int64_t word = 0; word < words; ++word) {
+    uint32_t line[kTile];
+    for (int r = 0; r < kTile; ++r) std::memcpy(line + r, rows[r] + 4 * word, 4);
+    for (int r = 0; r < kTile; ++r) line[r] ^= flip;
+    std::memcpy(tile + 64 * word, line, sizeof line);
+  }
+}
+
 // Sixteen rows, or as many as there are, to one tile.
 void pack_tile(const uint8_t* const* rows, int count, const CiMatrix& m, uint8_t* tile) {
-  const int64_t bytes = q_bytes(m.dtype, m.columns);
+  const int64_t bytes = q_bytes(m.dtype, m.columns), words = word_bytes(m.dtype, m.columns) / 64;
   const uint32_t flip = m.dtype == CI_INT8 ? kSignBits : 0u;
-  std::memset(tile, 0, static_cast<size_t>(tile_bytes(m)));
-  for (int64_t word = 0; word < (bytes + 3) / 4; ++word) {
+  std::memset(tile + 64 * words, 0, static_cast<size_t>(tile_bytes(m) - 64 * words));
+  const int64_t whole = count == kTile ? bytes / 4 : 0;
+  copy_words(rows, whole, flip, tile);
+  for (int64_t word = whole; word < words; ++word) {
     const size_t size = bytes - 4 * word < 4 ? static_cast<size_t>(bytes - 4 * word) : 4;
     for (int r = 0; r < kTile; ++r) {
       uint32_t four = 0;
@@ -52,31 +64,57 @@ void pack_tile(const uint8_t* const* rows, int count, const CiMatrix& m, uint8_t
                     rows[r] + bytes + 2 * (groups * kind + group), 2);
 }
 
-// The q of one output of a record.
-uint8_t byte_of(const uint8_t* record, int64_t output) { return record[output] ^ 128u; }
-uint8_t half_of(const uint8_t* record, int64_t output) {
-  return record[output / 8 * 4 + output % 4] >> (output % 8 / 4 * 4) & 15;
+// Sixteen int4 of a record as bytes: the low and the high halves of two runs of four (formats.py).
+void unpack_halves(const uint8_t* from, uint8_t* to) {
+  constexpr uint64_t kLow = 0x0f0f0f0f0f0f0f0full;
+  uint64_t bytes;
+  std::memcpy(&bytes, from, 8);
+  const uint64_t low = bytes & kLow, high = bytes >> 4 & kLow;
+  std::memcpy(to, &low, 4);
+  std::memcpy(to + 4, &high, 4);
+  std::memcpy(to + 8, reinterpret_cast<const uint8_t*>(&low) + 4, 4);
+  std::memcpy(to + 12, reinterpret_cast<const uint8_t*>(&high) + 4, 4);
 }
 
-// Words of a tile of a down projection: neurons k.. of outputs t.. .
-void pack_down_words(const Records& records, const CiMatrix& m, int64_t t, uint8_t* tile) {
-  const int64_t step = m.dtype == CI_BFLOAT16 ? 2 : m.dtype == CI_INT8 ? 4 : 8;
-  const int64_t outputs = m.rows - kTile * t < kTile ? m.rows - kTile * t : kTile;
-  std::memset(tile, m.dtype == CI_INT8 ? 128 : 0,
-              static_cast<size_t>(word_bytes(m.dtype, pad(m.columns))));
-  for (int64_t k = 0; k < records.count; ++k) {
-    const uint8_t* record = records[k];
-    uint8_t* word = tile + 64 * (k / step);
-    const int64_t place = k % step;
-    for (int64_t o = 0; o < outputs; ++o) {
-      const int64_t output = kTile * t + o;
-      if (m.dtype == CI_BFLOAT16)
-        std::memcpy(word + 4 * o + 2 * place, record + 2 * output, 2);
-      else if (m.dtype == CI_INT8)
-        word[4 * o + place] = byte_of(record, output);
-      else
-        word[4 * o + place % 4] |= static_cast<uint8_t>(half_of(record, output) << (place / 4 * 4));
+// words[o] = the o-th bytes of four rows, one above the other.
+void interleave(const uint8_t (*rows)[kTile], uint32_t flip, uint8_t* words) {
+  uint32_t out[kTile];
+  for (int o = 0; o < kTile; ++o)
+    out[o] = (rows[0][o] | static_cast<uint32_t>(rows[1][o]) << 8 |
+              static_cast<uint32_t>(rows[2][o]) << 16 | static_cast<uint32_t>(rows[3][o]) << 24) ^
+             flip;
+  std::memcpy(words, out, sizeof out);
+}
+
+// Sixteen neurons, or as many as there are, of sixteen outputs from `output` on.
+void pack_block(const uint8_t* const* records, int count, int64_t output, const CiMatrix& m,
+                uint8_t* words) {
+  if (m.dtype == CI_BFLOAT16) {
+    uint16_t block[kTile][kTile] = {};
+    const int64_t left = m.rows - output, size = left < kTile ? left : kTile;
+    for (int k = 0; k < count; ++k)
+      std::memcpy(block[k], records[k] + 2 * output, static_cast<size_t>(2 * size));
+    for (int k = 0; k < kTile; k += 2) {
+      uint32_t out[kTile];
+      for (int o = 0; o < kTile; ++o)
+        out[o] = block[k][o] | static_cast<uint32_t>(block[k + 1][o]) << 16;
+      std::memcpy(words + 32 * k, out, sizeof out);
     }
+    return;
+  }
+  uint8_t block[kTile][kTile] = {};
+  if (m.dtype == CI_INT8) {
+    for (int k = 0; k < count; ++k) std::memcpy(block[k], records[k] + output, kTile);
+    for (int k = 0; k < kTile; k += 4) interleave(block + k, kSignBits, words + 16 * k);
+    return;
+  }
+  for (int k = 0; k < count; ++k) unpack_halves(records[k] + output / 2, block[k]);
+  for (int k = 0; k < kTile; k += 8) {
+    uint8_t pairs[4][kTile];
+    for (int j = 0; j < 4; ++j)
+      for (int o = 0; o < kTile; ++o)
+        pairs[j][o] = static_cast<uint8_t>(block[k + j][o] | block[k + j + 4][o] << 4);
+    interleave(pairs, 0, words + 8 * k);
   }
 }
 
@@ -121,12 +159,19 @@ extern "C" void ci_pack_down(int threads, const uint8_t* records, int64_t stride
   uint8_t* numbers = out + pad(outputs) / kTile * words;
   parallel(threads, 0, [&](const Worker& worker) {
     const Range tiles = share(worker, pad(outputs) / kTile);
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) pack_down_words(source, m, t, out + t * words);
     const Range rows = share(worker, groups * kinds);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      uint8_t* to = numbers + 2 * padded * row;
-      std::memset(to, 0, static_cast<size_t>(2 * padded));
-      for (int64_t k = 0; k < neurons; ++k) std::memcpy(to + 2 * k, source[k] + bytes + 2 * row, 2);
+    // Neurons in blocks outside, outputs inside: records are read along their length.
+    for (int64_t first = 0; first < padded; first += kTile) {
+      const int count = static_cast<int>(neurons - first < kTile ? neurons - first : kTile);
+      const uint8_t* from[kTile];
+      for (int k = 0; k < count; ++k) from[k] = source[first + k];
+      for (int64_t t = tiles.begin; t < tiles.end; ++t)
+        pack_block(from, count, kTile * t, m, out + t * words + word_bytes(dtype, first));
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        uint16_t halves[kTile] = {};
+        for (int k = 0; k < count; ++k) std::memcpy(halves + k, from[k] + bytes + 2 * row, 2);
+        std::memcpy(numbers + 2 * (padded * row + first), halves, sizeof halves);
+      }
     }
   });
 }
