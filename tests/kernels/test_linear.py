@@ -222,3 +222,19 @@ def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "sse9")
     with pytest.raises(UserError, match=r"COREINFER_KERNELS=sse9.*twin would do"):
         kernel_path()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_dequantising_into_memory_that_is_there(
+    form: WeightFormat, path: str, dtype: torch.dtype
+) -> None:
+    columns = width(form)
+    wide = torch.cat([records_of(form, 50, columns, seed) for seed in range(3)], dim=1)
+    part = wide.chunk(3, dim=1)[1]
+    memory = torch.full((50, columns), 7.0, dtype=dtype)
+    with using(path):
+        found = dequantize(part, columns, form, dtype=dtype, out=memory)
+    assert found.data_ptr() == memory.data_ptr()
+    assert torch.equal(memory, form.dequantize(part.contiguous(), columns, dtype))

@@ -85,6 +85,7 @@ def dequantize(
     *,
     dtype: torch.dtype = torch.float32,
     index: Tensor | None = None,
+    out: Tensor | None = None,
     threads: int | None = None,
 ) -> Tensor:
     """As `form.dequantize(records[index], columns, dtype)`, to the bit, and at memory speed.
@@ -92,6 +93,8 @@ def dequantize(
     Args:
         records: [R, row_bytes(columns)], or such columns of wider records.
         index: int32 [K], the rows to take; all of them unless given.
+        out: where to put them, contiguous [R or K, columns] of `dtype`; memory that was used before
+            spares the page faults of fresh memory, which take as long as the work.
 
     Raises:
         UserError: if records are not as long as their format says, or a row is not there.
@@ -100,12 +103,16 @@ def dequantize(
     library = native()
     wanted = form.row_bytes(columns)
     fits = records.dim() == 2 and records.dtype == torch.uint8 and records.shape[1] == wanted
+    if form.dtype == "bfloat16" and fits and index is None and out is not None:
+        return out.copy_(records.view(torch.bfloat16))
     if library is None or not fits or dtype not in _OUT_DTYPES or form.dtype == "bfloat16":
-        return form.dequantize(records if index is None else records[index], columns, dtype)
+        found = form.dequantize(records if index is None else records[index], columns, dtype)
+        return found if out is None else out.copy_(found)
     source = records if records.stride(1) == 1 else records.contiguous()
     choice = None if index is None else index.contiguous()
     rows = len(source) if choice is None else len(choice)
-    out = torch.empty(rows, columns, dtype=dtype)
+    if out is None:
+        out = torch.empty(rows, columns, dtype=dtype)
     library.functions.ci_dequantize(
         library.path,
         num_threads(threads),

@@ -79,10 +79,6 @@ class Decoder:
             cache.advance(length)
         return self._norm("final_norm", x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states behind the final norm [N, d] -> logits [N, V] float32."""
-        return self.products.linear(hidden, self.weights.tensors["head"])
-
     def _norm(self, name: str, x: Tensor) -> Tensor:
         weight, eps = self.weights.tensors[f"{name}.weight"], self.config.norm_eps
         if self.config.norm == "layer":

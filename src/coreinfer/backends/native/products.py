@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -25,18 +23,19 @@ def compute_dtype() -> torch.dtype:
     return torch.float32
 
 
-@dataclass(frozen=True)
 class Products:
-    """Multiplies float32 activations by stored weights.
+    """Multiplies float32 activations by stored weights, dequantised into memory that is kept.
 
-    Attributes:
-        format: of the weights.
+    Args:
+        weight_format: of the weights.
         dtype: that weights and activations are multiplied in. In float16 a product that overflows
             is computed again in float32.
     """
 
-    format: WeightFormat
-    dtype: torch.dtype
+    def __init__(self, weight_format: WeightFormat, dtype: torch.dtype) -> None:
+        self._format = weight_format
+        self._dtype = dtype
+        self._memory = torch.empty(0, dtype=dtype)
 
     def linear(self, x: Tensor, records: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [N, C], records of W [R, C], bias [R] -> x W^T + bias, [N, R] float32."""
@@ -47,13 +46,25 @@ class Products:
         return _plus(self._product(h, records, size, transposed=False), bias)
 
     def _product(self, x: Tensor, records: Tensor, columns: int, *, transposed: bool) -> Tensor:
-        for dtype in (self.dtype, torch.float32):
-            weights = dequantize(records, columns, self.format, dtype=dtype)
+        for dtype in (self._dtype, torch.float32):
+            weights = self._weights(records, columns, dtype)
             y = (x.to(dtype) @ (weights.t() if transposed else weights)).float()
             # A sum is cheaper to look at than every number, and as infinite as any of them.
             if dtype is not torch.float16 or bool(y.sum().isfinite()):
                 break
         return y
+
+    def _weights(self, records: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        """[R, columns]; gone with the next product."""
+        if self._format.dtype == "bfloat16" and dtype is torch.bfloat16:
+            return records.view(torch.bfloat16)
+        if dtype is not self._dtype:
+            return dequantize(records, columns, self._format, dtype=dtype)
+        size = len(records) * columns
+        if size > self._memory.numel():
+            self._memory = torch.empty(size, dtype=dtype)
+        out = self._memory[:size].view(len(records), columns)
+        return dequantize(records, columns, self._format, dtype=dtype, out=out)
 
 
 def _plus(y: Tensor, bias: Tensor | None) -> Tensor:

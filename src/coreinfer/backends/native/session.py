@@ -63,7 +63,7 @@ class NativeSession:
         self._futures = None
         self._texts = None if texts is None else list(texts)
         hidden = self._record(token_ids, self._recorders, self._windows)
-        return self._backend.decoder.logits(hidden)
+        return self._backend.stepper.logits(hidden)
 
     def look_ahead(self, token_ids: Sequence[Sequence[int]]) -> None:
         ahead = self.fork()

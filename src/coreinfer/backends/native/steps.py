@@ -14,7 +14,7 @@ from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.kernels.arena import Arena
 from coreinfer.kernels.decode import decode_step
 from coreinfer.kernels.layout import Packed, PackedMlp
-from coreinfer.kernels.linear import MAX_ROWS
+from coreinfer.kernels.linear import MAX_ROWS, linear
 from coreinfer.kernels.packing import pack, pack_mlp
 from coreinfer.kernels.weights import (
     DecoderWeights,
@@ -41,15 +41,11 @@ class Stepper:
 
     Everything but the MLPs is packed at once; the MLP of a layer when all its neurons are first
     asked for.
-
-    Args:
-        weights: the model.
-        threads: of the kernels; torch's own number unless given.
+    Threads are as many as torch has; it does nothing meanwhile.
     """
 
-    def __init__(self, weights: NativeWeights, threads: int | None = None) -> None:
+    def __init__(self, weights: NativeWeights) -> None:
         self._weights = weights
-        self._threads = threads
         # A neuron whose activation is exactly zero is not read.
         self._skip_zeros = weights.config.activation == "relu"
         self._arena = Arena()
@@ -109,12 +105,16 @@ class Stepper:
             for length, token in enumerate(tokens, start=cache.length):
                 rows.append(Row(token, length + offset, length, plan, view))
         found = [
-            decode_step(self._decoder, rows[start : start + MAX_ROWS], self._threads)
+            decode_step(self._decoder, rows[start : start + MAX_ROWS])
             for start in range(0, len(rows), MAX_ROWS)
         ]
         for tokens, cache in zip(token_ids, caches, strict=True):
             cache.advance(len(tokens))
         return torch.cat(found) if len(found) > 1 else found[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states behind the final norm [N, d] -> logits [N, V] float32."""
+        return linear(self._decoder.head, hidden)
 
     def _dense_mlp(self, layer: int) -> PackedMlp:
         if layer not in self._dense:
@@ -132,19 +132,17 @@ class Stepper:
             in_bias=weights.vector(f"layers.{layer}.mlp_in_bias"),
             skip_zeros=self._skip_zeros,
             arena=arena,
-            threads=self._threads,
         )
 
     def _pack(self) -> DecoderWeights:
         weights, config = self._weights, self._weights.config
 
-        def linear(name: str, columns: int) -> Packed:
+        def packed(name: str, columns: int) -> Packed:
             return pack(
                 weights.tensors[name],
                 columns,
                 weights.format,
                 arena=self._arena,
-                threads=self._threads,
             )
 
         def norm(name: str) -> Norm:
@@ -155,8 +153,8 @@ class Stepper:
             return LayerWeights(
                 norm1=norm(f"{name}norm1"),
                 norm2=norm(f"{name}norm2"),
-                qkv=linear(f"{name}qkv", config.hidden_size),
-                o=linear(f"{name}o", config.q_size),
+                qkv=packed(f"{name}qkv", config.hidden_size),
+                o=packed(f"{name}o", config.q_size),
                 qkv_bias=weights.vector(f"{name}qkv_bias"),
                 o_bias=weights.vector(f"{name}o_bias"),
                 mlp_out_bias=weights.vector(f"{name}mlp_out_bias"),
@@ -169,7 +167,7 @@ class Stepper:
         return DecoderWeights(
             layers=[layer(index) for index in range(config.num_layers)],
             final_norm=norm("final_norm"),
-            head=linear("head", config.hidden_size),
+            head=packed("head", config.hidden_size),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
