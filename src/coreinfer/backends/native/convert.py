@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from coreinfer.backends.native.architecture import DecoderConfig
+from coreinfer.backends.native.blocks import stored_blocks
 from coreinfer.backends.native.container import (
     WEIGHTS,
     Manifest,
@@ -22,7 +22,7 @@ from coreinfer.backends.native.container import (
     open_container,
 )
 from coreinfer.backends.native.draft import JOURNAL, Draft
-from coreinfer.backends.native.tensors import Role, TensorPlan, encode, tensor_plans
+from coreinfer.backends.native.tensors import Role, TensorPlan, tensor_plans
 from coreinfer.errors import UserError
 from coreinfer.files import describe_os_error
 from coreinfer.files import replace as replace_folder
@@ -33,7 +33,6 @@ from coreinfer.models.mlp import SAMPLED_ROWS, fingerprint_of
 from coreinfer.models.pull import Progress, silent
 from coreinfer.models.stream import Checkpoint, open_checkpoint
 
-_BLOCK_ELEMENTS = 2**22  # weights converted at a time
 _COMPANION_BYTES = 2**25  # room for the tokenizer and the configuration
 
 OnBytes = Callable[[int, int], None]  # bytes written so far, bytes of all tensors
@@ -254,13 +253,17 @@ def _alone(out: Path, on_progress: Progress) -> Iterator[Path]:
     It stays if the block fails and work is done in it, so that the next run goes on.
     """
     folder = out.parent / f".{out.name}.draft"
-    folder.mkdir(exist_ok=True)
     lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        on_progress(f"waiting for another process that writes {str(out)!r}")
-        lock.acquire()
+    while not lock.is_locked:
+        folder.mkdir(exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_progress(f"waiting for another process that writes {str(out)!r}")
+            with suppress(FileNotFoundError):  # the other one is done, and its folder is gone
+                lock.acquire()
+        if not Path(lock.lock_file).exists():
+            lock.release()
     done = False
     try:
         yield folder
@@ -322,57 +325,7 @@ def _write(job: _Job, draft: Draft, on_bytes: OnBytes) -> None:
 
     for name in tensors:
         if name not in draft.done:
-            blocks = _blocks(job.checkpoint, job.plans[name], job.manifest.format)
-            draft.write(name, counted(blocks))
+            plan = job.plans[name]
+            with closing(stored_blocks(job.checkpoint, plan, job.manifest.format)) as blocks:
+                draft.write(name, counted(blocks))
     draft.finish()
-
-
-def _blocks(
-    checkpoint: Checkpoint, plan: TensorPlan, weight_format: WeightFormat
-) -> Iterator[Tensor]:
-    """A tensor as it is stored, some rows at a time."""
-    if plan.role is Role.MLP:
-        parts = _mlp_blocks(checkpoint, plan)
-    else:
-        parts = _row_blocks(checkpoint, plan)
-    for sources, block in parts:
-        try:
-            yield encode(block, sources, weight_format)
-        except UserError:
-            for name, part in zip(block.sources, sources, strict=True):
-                if not bool(part.isfinite().all()):
-                    raise UserError(
-                        f"{checkpoint.where}: tensor {name!r} has weights that are not finite "
-                        "(NaN or infinity); the model is damaged"
-                    ) from None
-            raise
-
-
-def _row_blocks(
-    checkpoint: Checkpoint, plan: TensorPlan
-) -> Iterator[tuple[list[Tensor], TensorPlan]]:
-    """The sources one after the other."""
-    for name in plan.sources:
-        shape = checkpoint.shapes[name]
-        for start, stop in _spans(shape):
-            rows = checkpoint.rows(name, start, stop)
-            yield [rows], replace(plan, sources=(name,), shape=tuple(rows.shape))
-
-
-def _mlp_blocks(
-    checkpoint: Checkpoint, plan: TensorPlan
-) -> Iterator[tuple[list[Tensor], TensorPlan]]:
-    """Neurons with all their parts. Of the down projection they are columns: it is read whole."""
-    *inputs, output = plan.sources
-    down = checkpoint.rows(output, 0, plan.shape[1])
-    for start, stop in _spans(plan.shape):
-        parts = [checkpoint.rows(name, start, stop) for name in inputs]
-        columns = down[:, start:stop].contiguous()
-        yield [*parts, columns], replace(plan, shape=(stop - start, plan.shape[1]))
-
-
-def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First and last row of blocks of few enough elements."""
-    step = max(1, _BLOCK_ELEMENTS // math.prod(shape[1:]))
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
