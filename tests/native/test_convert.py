@@ -22,7 +22,7 @@ from coreinfer.backends.native import blocks
 from coreinfer.backends.native import convert as module
 from coreinfer.backends.native.container import WEIGHTS, open_container
 from coreinfer.backends.native.convert import convert, converted
-from coreinfer.backends.native.weights import weights_from
+from coreinfer.backends.native.weights import NativeWeights, weights_from
 from coreinfer.errors import UserError
 from coreinfer.kernels.formats import WeightFormat
 from coreinfer.models.checkpoint import load_folder
@@ -362,3 +362,17 @@ def test_peak_memory_does_not_hold_the_model(
     assert max(size for name, size in sizes if "down_proj" not in name) <= 32
     assert max(size for name, size in sizes if "down_proj" in name) == 48 * 32
     assert sum(size for _, size in sizes) >= sum(p.numel() for p in tiny_model().parameters()) / 2
+
+
+def test_the_cost_of_a_token_is_known_without_reading_the_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    container = open_container(convert(str(folder), INT8, tmp_path / "out"))
+    manifest = container.manifest
+    about = (manifest.decoder, manifest.format)
+    mapped = NativeWeights(*about, container, manifest.model, manifest.model_fingerprint)
+    in_memory = NativeWeights(*about, dict(container), manifest.model, manifest.model_fingerprint)
+    sizes = {name: tensor.nbytes for name, tensor in in_memory.tensors.items()}
+    assert mapped.read_cost().dense == sum(sizes.values())  # tied, so there is no table of it
+    empty = NativeWeights(*about, {}, manifest.model, manifest.model_fingerprint)
+    assert empty.read_cost() == mapped.read_cost()

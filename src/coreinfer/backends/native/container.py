@@ -69,7 +69,7 @@ class Manifest:
         tensors, start = {}, 0
         for plan in plans:
             dtype, shape = stored_as(plan, self.format)
-            stop = start + math.prod(shape) * _DTYPES[dtype].itemsize
+            stop = start + stored_bytes(plan, self.format)
             tensors[plan.name] = Stored(dtype, shape, start, stop)
             start = stop
         return tensors
@@ -113,6 +113,12 @@ def stored_as(plan: TensorPlan, format_: WeightFormat) -> tuple[str, tuple[int, 
     rows, columns = plan.shape
     parts = len(plan.sources) if plan.role is Role.MLP else 1
     return "U8", (rows, parts * format_of(plan, format_).row_bytes(columns))
+
+
+def stored_bytes(plan: TensorPlan, format_: WeightFormat) -> int:
+    """Bytes that a tensor takes in the file."""
+    dtype, shape = stored_as(plan, format_)
+    return math.prod(shape) * _DTYPES[dtype].itemsize
 
 
 def format_of(plan: TensorPlan, format_: WeightFormat) -> WeightFormat:

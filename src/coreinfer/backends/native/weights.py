@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coreinfer.backends.native.architecture import DecoderConfig
+from coreinfer.backends.native.container import stored_bytes
 from coreinfer.backends.native.tensors import encode, tensor_plans
 from coreinfer.core.measures import ReadCost
 from coreinfer.kernels.formats import WeightFormat
@@ -95,7 +96,8 @@ class NativeWeights:
         Of a table one row is read; the head is read whole, also where it is tied to the embedding.
         """
         config = self.config
-        sizes = {name: tensor.nbytes for name, tensor in self.tensors.items()}
+        # From the plans: asking a mapped file for its tensors would read all of it.
+        sizes = {plan.name: stored_bytes(plan, self.format) for plan in tensor_plans(config)}
         for name in ("embed", "position"):
             if name in sizes:
                 sizes[name] = _TABLE.row_bytes(config.hidden_size)
