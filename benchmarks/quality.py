@@ -4,19 +4,23 @@
         --clusters STORE --dense-layers 0-2,28-29 --out benchmarks/results/quality-smollm2
 
 Writes OUT.json (every number, a window each) and OUT.md (the table), after each batch, so a run
-that is cut short leaves what it has.
+that is cut short leaves what it has. `--jobs N` measures N batches at a time, a process each.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import markdown, provenance, write_json, write_text
-from coreinfer.api import load
+from coreinfer.api import in_batches, load
 from coreinfer.cli.values import fractions, layer_list
-from coreinfer.evaluation.continuations import Quality, Setting, measure, windows
+from coreinfer.evaluation.continuations import Quality, Setting, Window, measure, windows
 from coreinfer.selectors import SELECTORS, Selector
 from coreinfer.semantics.store import ClusterStore
 from coreinfer.standins import STAND_INS, StandIn
@@ -69,6 +73,56 @@ def table(results: dict[str, Quality]) -> str:
     return markdown(rows)
 
 
+class Worker:
+    """The model and the settings of one process, loaded when its first batch comes."""
+
+    current: Worker
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        store = None if args.clusters is None else ClusterStore.load(args.clusters)
+        self.backend = load(args.model, threads=args.threads).backend
+        self.settings = settings(args.keeps, args.dense_layers, store)
+
+    @classmethod
+    def start(cls, args: argparse.Namespace) -> None:
+        cls.current = cls(args)
+
+    @classmethod
+    def measure(cls, batch: list[Window]) -> dict[str, Quality]:
+        worker = cls.current
+        (results,) = measure(worker.backend, batch, worker.settings, batch_size=len(batch))
+        return results
+
+
+def measured(
+    args: argparse.Namespace, texts: Sequence[Window]
+) -> Iterator[tuple[int, dict[str, Quality]]]:
+    """All results so far after each batch, with the number of windows in them."""
+    batches = list(in_batches(texts, args.batch_size))
+    done: dict[int, dict[str, Quality]] = {}
+    with ProcessPoolExecutor(
+        args.jobs, get_context("spawn"), initializer=Worker.start, initargs=(args,)
+    ) as pool:
+        tasks = {pool.submit(Worker.measure, batch): i for i, batch in enumerate(batches)}
+        for task in as_completed(tasks):
+            done[tasks[task]] = task.result()
+            parts = [done[i] for i in sorted(done)]
+            yield sum(len(p["dense"].nll) for p in parts), joined(parts)
+
+
+def joined(parts: Sequence[dict[str, Quality]]) -> dict[str, Quality]:
+    """The windows of all parts, in their order."""
+    return {
+        name: Quality(
+            **{
+                f.name: [v for p in parts for v in getattr(p[name], f.name)]
+                for f in fields(Quality)
+            }
+        )
+        for name in parts[0]
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -84,7 +138,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=200)
     parser.add_argument("--continuation-tokens", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, help="threads of each process")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
 
@@ -96,8 +151,6 @@ def main() -> None:
         prompt_tokens=args.prompt_tokens,
         continuation_tokens=args.continuation_tokens,
     )
-    store = None if args.clusters is None else ClusterStore.load(args.clusters)
-    chosen = settings(args.keeps, args.dense_layers, store)
     about = provenance("benchmarks.quality")
     title = (
         f"# {backend.model_name} on {args.text.name}\n\n"
@@ -107,8 +160,7 @@ def main() -> None:
         "over the windows; bytes count the stand-in.\n\n"
         f"`{about['command']}`\n\n"
     )
-    for results in measure(backend, texts, chosen, batch_size=args.batch_size):
-        done = len(results["dense"].nll)
+    for done, results in measured(args, texts):
         print(f"{done} of {len(texts)} windows", flush=True)
         rows = {
             name: {**q.summary(), "kl_per_window": q.kl, "nll_per_window": q.nll}
