@@ -11,7 +11,7 @@ demo: $(READY)
 	@BIN=$(BIN) sh examples/demo.sh
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
