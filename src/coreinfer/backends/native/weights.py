@@ -14,6 +14,7 @@ from coreinfer.backends.native.container import stored_bytes
 from coreinfer.backends.native.tensors import encode, tensor_plans
 from coreinfer.core.measures import ReadCost
 from coreinfer.kernels.formats import WeightFormat
+from coreinfer.kernels.linear import dequantize
 from coreinfer.models.mlp import fingerprint, mlp_layers
 from coreinfer.standins import StandInTerms
 
@@ -77,7 +78,7 @@ class NativeWeights:
 
     def down(self, layer: int) -> Tensor:
         """W_down, [d, D] float32."""
-        return self.format.dequantize(self.mlp_part(layer, -1), self.config.hidden_size).t()
+        return dequantize(self.mlp_part(layer, -1), self.config.hidden_size, self.format).t()
 
     def stand_in_bytes(self, terms: StandInTerms) -> int:
         """Bytes that decode reads for the stand-in of a layer: a float32 offset, bfloat16 maps."""
