@@ -1,4 +1,4 @@
-"""Tiny random models of every known family, and a tokenizer, made in memory: no network, no files."""
+"""Tiny random models of every known family, and a tokenizer, made in memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     CONFIG_MAPPING,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )

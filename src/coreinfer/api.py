@@ -18,10 +18,14 @@ from coreinfer.runtime.records import GenerationRecord, Piece
 from coreinfer.runtime.sampling import SamplingParams
 from coreinfer.runtime.scoring import Pair, Score, score
 from coreinfer.runtime.text import Message, encode_prompt, encode_raw
-from coreinfer.selectors import Dense, Selector, Stability
-from coreinfer.standins import StandIn
+from coreinfer.selectors import Dense, Impact, Selector
+from coreinfer.standins import Linear, StandIn
 
 BACKENDS = ("hf", "native")
+
+# What the quality tables in benchmarks/results find best at equal bytes.
+DEFAULT_SELECTOR = Impact()
+DEFAULT_STAND_IN = Linear()
 
 T = TypeVar("T")
 
@@ -64,9 +68,9 @@ class Comparison:
 class LLM:
     """A loaded model.
 
-    Every method takes a `selector` (by default the paper's rule, `Stability()`) and a `stand_in`
-    (by default none: the other neurons are dropped). Sampling options are the fields of
-    `SamplingParams`, given by keyword.
+    Every method takes a `selector` (by default `Impact()`; the paper's rule is `Stability()`) and a
+    `stand_in` for the other neurons (by default `Linear()`; None drops them, as the paper does).
+    Sampling options are the fields of `SamplingParams`, given by keyword.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -79,8 +83,8 @@ class LLM:
     def stream(
         self,
         prompt: str,
-        selector: Selector | None = None,
-        stand_in: StandIn | None = None,
+        selector: Selector = DEFAULT_SELECTOR,
+        stand_in: StandIn | None = DEFAULT_STAND_IN,
         *,
         raw: bool = False,
         **sampling: Any,
@@ -90,7 +94,7 @@ class LLM:
         Args:
             prompt: the text; it goes through the model's chat template where it has one.
             selector: the rule that chooses the core neurons.
-            stand_in: what takes the place of the dropped neurons.
+            stand_in: what takes the place of the dropped neurons; None drops them.
             raw: send the text as it is.
             sampling: fields of `SamplingParams`.
 
@@ -99,15 +103,13 @@ class LLM:
         """
         params = SamplingParams(**sampling)
         ids = encode_prompt(self.backend.tokenizer, prompt, raw=raw)
-        return generate(
-            self.backend, [ids], selector or Stability(), stand_in, params, texts=[prompt]
-        )
+        return generate(self.backend, [ids], selector, stand_in, params, texts=[prompt])
 
     def generate(
         self,
         prompts: str | Sequence[str],
-        selector: Selector | None = None,
-        stand_in: StandIn | None = None,
+        selector: Selector = DEFAULT_SELECTOR,
+        stand_in: StandIn | None = DEFAULT_STAND_IN,
         *,
         raw: bool = False,
         batch_size: int = 8,
@@ -119,9 +121,7 @@ class LLM:
         records = []
         for batch in in_batches(prompts, batch_size):
             ids = [encode_prompt(self.backend.tokenizer, text, raw=raw) for text in batch]
-            pieces = generate(
-                self.backend, ids, selector or Stability(), stand_in, params, texts=batch
-            )
+            pieces = generate(self.backend, ids, selector, stand_in, params, texts=batch)
             records += [piece.record for piece in pieces if piece.record is not None]
         return records
 
@@ -133,8 +133,8 @@ class LLM:
     def compare(
         self,
         prompt: str,
-        selector: Selector | None = None,
-        stand_in: StandIn | None = None,
+        selector: Selector = DEFAULT_SELECTOR,
+        stand_in: StandIn | None = DEFAULT_STAND_IN,
         *,
         raw: bool = False,
         on_piece: Callable[[str, Piece], None] = lambda _engine, _piece: None,
@@ -147,7 +147,6 @@ class LLM:
             on_piece: told of each piece as it comes, with "dense" or "sparse".
         """
         params = SamplingParams(**sampling)
-        selector = selector or Stability()
         self.backend.check(selector)
         ids = encode_prompt(self.backend.tokenizer, prompt, raw=raw)
         read = prefill(self.backend, [ids], RecordingPlan.of(selector, stand_in), [prompt])
@@ -161,13 +160,12 @@ class LLM:
                     records.append(piece.record)
         return Comparison(*records)
 
-    def select(self, prompt: str, selector: Selector | None = None) -> CoreSet:
+    def select(self, prompt: str, selector: Selector = DEFAULT_SELECTOR) -> CoreSet:
         """The core set of a prompt, sent as it is (no chat template).
 
         Raises:
             UserError: if the prompt is empty or too long.
         """
-        selector = selector or Stability()
         self.backend.check(selector)
         ids = encode_raw(self.backend.tokenizer, prompt)
         read = prefill(self.backend, [ids], RecordingPlan.of(selector), [prompt])
@@ -176,8 +174,8 @@ class LLM:
     def score(
         self,
         pairs: Iterable[tuple[str, str]],
-        selector: Selector | None = None,
-        stand_in: StandIn | None = None,
+        selector: Selector = DEFAULT_SELECTOR,
+        stand_in: StandIn | None = DEFAULT_STAND_IN,
         *,
         batch_size: int = 8,
     ) -> Iterator[Score]:
@@ -193,7 +191,7 @@ class LLM:
         """
         for batch in in_batches(pairs, batch_size):
             made = [Pair.of(self.backend, *pair) for pair in batch]
-            yield from score(self.backend, made, selector or Stability(), stand_in)
+            yield from score(self.backend, made, selector, stand_in)
 
     def conversation(self, messages: list[Message] | None = None) -> Conversation:
         """A chat, with the history given or none."""

@@ -43,7 +43,7 @@ def test_commands(talk) -> None:  # type: ignore[no-untyped-def]
     assert "nothing was answered yet" in run.out
     assert "beta = 0.4" in run.out
     assert "beta = 0.5" in run.out
-    assert "stability: density 0.50" in run.out
+    assert "impact: density 0.50" in run.out
     assert "dense: density 1.00" in run.out
     assert "the conversation starts anew" in run.out
     assert "never read" not in run.out

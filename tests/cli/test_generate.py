@@ -27,7 +27,7 @@ def test_the_answer_goes_to_stdout_and_its_cost_to_stderr(cli: Cli, model_dir: P
     assert run.code == 0
     assert run.out == record["text"] + "\n"
     (line,) = run.err.splitlines()
-    for part in ("stability: density 0.40", "a token (dense", "prefill", "select", "decode"):
+    for part in ("impact: density 0.40", "a token (dense", "prefill", "select", "decode"):
         assert part in line
 
 
@@ -154,8 +154,8 @@ def test_every_rule_runs_with_every_stand_in(
 
 def test_settings_without_effect_are_pointed_out(cli: Cli, model_dir: Path) -> None:
     run = cli(
-        "generate", "--model", model_dir, "--prompt", "hi", "--max-new-tokens", 1, "--selector",
-        "impact", "--alpha", 0.3, "--gamma", 0.2, "--rank", 4,
+        "generate", "--model", model_dir, "--prompt", "hi", "--max-new-tokens", 1, "--stand-in",
+        "mean", "--alpha", 0.3, "--gamma", 0.2, "--rank", 4,
     )  # fmt: skip
     assert run.code == 0
     for name in ("alpha", "gamma", "rank"):
@@ -174,6 +174,7 @@ def test_settings_without_effect_are_pointed_out(cli: Cli, model_dir: Path) -> N
         (["--prompt", "a", "--alpha", "0"], "alpha must be above 0 and at most 1, got 0.0"),
         (["--prompt", "a", "--alpha", "nan"], "alpha must be above 0 and at most 1, got nan"),
         (["--prompt", "a", "--alpha", "much"], "argument --alpha: 'much' is not a number"),
+        (["--prompt", "a", "--gamma", "1.01"], "gamma must be above 0 and at most 1, got 1.01"),
         (["--prompt", "a", "--beta", "1.2"], "beta must be above 0 and at most 1, got 1.2"),
         (["--prompt", "a", "--beta", "-1"], "beta must be above 0 and at most 1, got -1.0"),
         (["--prompt", "a", "--beta", "0.001"], "rounds to none; keep at least"),

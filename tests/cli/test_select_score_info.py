@@ -32,7 +32,7 @@ def test_select_writes_the_documented_file(cli: Cli, model_dir: Path, tmp_path: 
         "3",
         "48",
     )
-    assert json.loads(metadata["selector"])["name"] == "stability"
+    assert json.loads(metadata["selector"])["name"] == "impact"
     assert set(tensors) == {"layers.1", "layers.2"}
     assert all(t.shape == (12,) and str(t.dtype) == "torch.int32" for t in tensors.values())
     assert json.loads(run.out)["density"] == pytest.approx((48 + 12 + 12) / 144)
@@ -125,7 +125,7 @@ def test_info_on_a_core_set_and_on_this_machine(cli: Cli, model_dir: Path, tmp_p
     cli("select", "--model", model_dir, "--prompt", "text", "--out", out)
     about = json.loads(cli("info", out, "--json").out)
     assert (about["kind"], about["kept"]) == ("core set", [19, 19, 19])
-    assert "selector: name=stability" in cli("info", out).out
+    assert "selector: name=impact" in cli("info", out).out
     machine = json.loads(cli("info", "--json").out)
     assert machine["backends"] == ["hf"]
     assert machine["cores"] >= 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from coreinfer.cli.terminal import progress, warn
 from coreinfer.cli.values import layer_budgets, layer_list, number, whole
-from coreinfer.errors import UserError
+from coreinfer.errors import UserError, require_ratio
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help must not
     from coreinfer.api import LLM
@@ -74,11 +74,11 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which neurons are kept")
     group.add_argument(
         "--selector",
-        default="stability",
+        default="impact",
         choices=SELECTOR_NAMES,
-        help="the rule. stability: the prompt's most counted neurons (the paper's rule, the "
-        "default); similarity: those of the nearest cluster of a corpus; auto: a blend of both; "
-        "impact: largest contribution |h| * |W_down column|; griffin: normalised |h|; controls: "
+        help="the rule. impact: largest contribution |h| * |W_down column| (default); stability: "
+        "the prompt's most counted neurons (the paper's rule); similarity: those of the nearest "
+        "cluster of a corpus; auto: a blend of these two; griffin: normalised |h|; controls: "
         "static (one set for all), random, oracle (from the answer itself); dense: all neurons",
     )
     group.add_argument(
@@ -162,10 +162,10 @@ def add_stand_in_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what takes the place of the dropped neurons")
     group.add_argument(
         "--stand-in",
-        default="none",
+        default="linear",
         choices=STAND_IN_NAMES,
-        help="none: they are dropped (default); mean: their mean over the prompt; linear: a "
-        "low-rank linear map of the MLP's input, fitted on the prompt",
+        help="linear: a low-rank linear map of the MLP's input, fitted on the prompt (default); "
+        "mean: their mean over the prompt; none: they are dropped, as in the paper",
     )
     group.add_argument(
         "--rank", type=whole, metavar="R", help="rank of the linear map, from 1 (default: 32)"
@@ -271,7 +271,7 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
 
 
 def selector_from(args: argparse.Namespace) -> Selector:
@@ -285,6 +285,8 @@ def selector_from(args: argparse.Namespace) -> Selector:
     from coreinfer.semantics.store import ClusterStore
 
     given = {name: value for name in SELECTION if (value := getattr(args, name)) is not None}
+    for name in given.keys() & {"alpha", "beta", "gamma"}:  # also where the rule has no use for it
+        require_ratio(name, given[name])
     if args.core_set is not None:
         _point_out(given.keys() - {"seed"}, "--core-set")
         return Fixed(core_set=CoreSet.load(args.core_set))
