@@ -102,9 +102,7 @@ def test_what_is_not_done_is_refused_by_name_and_the_hf_backend_named(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}]
-)
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_tensors_are_those_of_the_model_each_used_once(
     model_type: str, changes: dict[str, Any]
