@@ -101,17 +101,30 @@ void attend(const float* query, const Tokens<typename Cache::T>& seen, int64_t s
             float* scores, float* out) {
   using F = typename S::F;
   const int64_t whole = size / kTile * kTile;
-  float top = -INFINITY;
-  for (int64_t t = 0; t < seen.count; ++t) {
-    const typename Cache::T* key = seen.keys + t * seen.stride;
-    F sum = S::zero();
-    for (int64_t i = 0; i < whole; i += kTile)
-      sum = S::fma(S::load(query + i), Cache::load(key + i), sum);
-    float score = S::sum(sum);
-    for (int64_t i = whole; i < size; ++i) score += query[i] * Cache::get(key + i);
-    scores[t] = score * scale;
-    if (scores[t] > top) top = scores[t];
+  const int64_t last = seen.count - 1;
+  for (int64_t t = 0; t < pad(seen.count); t += 4) {
+    // Four keys at a time share the sums over lanes; beyond the end the last one stands in.
+    const typename Cache::T* keys[4];
+    F sums[4];
+    for (int j = 0; j < 4; ++j) {
+      keys[j] = seen.keys + (t + j < last ? t + j : last) * seen.stride;
+      sums[j] = S::zero();
+    }
+    for (int64_t i = 0; i < whole; i += kTile) {
+      const F part = S::load(query + i);
+      for (int j = 0; j < 4; ++j) sums[j] = S::fma(part, Cache::load(keys[j] + i), sums[j]);
+    }
+    S::sum_four(sums[0], sums[1], sums[2], sums[3], scores + t);
+    for (int64_t i = whole; i < size; ++i)
+      for (int j = 0; j < 4; ++j) scores[t + j] += query[i] * Cache::get(keys[j] + i);
   }
+  F highest = S::set(-INFINITY);
+  for (int64_t t = 0; t < pad(seen.count); t += kTile) {
+    const F scaled = S::mul(S::load(scores + t), S::set(scale));
+    S::store(scores + t, scaled);
+    highest = S::max(highest, scaled);
+  }
+  const float top = S::largest(highest);
   for (int64_t t = seen.count; t < pad(seen.count); ++t) scores[t] = -INFINITY;
   F total = S::zero();
   for (int64_t t = 0; t < seen.count; t += kTile) {

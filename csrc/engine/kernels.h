@@ -16,9 +16,7 @@ void write_tile(typename S::F value, int32_t dtype, void* out, int64_t at) {
   } else if (dtype == CI_FLOAT16) {
     S::store_half(static_cast<uint16_t*>(out) + at, value);
   } else {
-    float lanes[kTile];
-    S::store(lanes, value);
-    for (int i = 0; i < kTile; ++i) static_cast<uint16_t*>(out)[at + i] = to_bfloat16(lanes[i]);
+    S::store_bfloat16(static_cast<uint16_t*>(out) + at, value);
   }
 }
 

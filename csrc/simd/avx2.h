@@ -46,6 +46,13 @@ struct Avx2 {
     for (float lane : lanes) total += lane;
     return total;
   }
+  // The sums of four vectors, side by side.
+  static void sum_four(F a, F b, F c, F d, float* p) {
+    const __m256 x = _mm256_add_ps(a.a, a.b), y = _mm256_add_ps(b.a, b.b);
+    const __m256 z = _mm256_add_ps(c.a, c.b), w = _mm256_add_ps(d.a, d.b);
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(x, y), _mm256_hadd_ps(z, w));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
   static float largest(F x) {
     float lanes[8];
     _mm256_storeu_ps(lanes, _mm256_max_ps(x.a, x.b));
@@ -64,6 +71,11 @@ struct Avx2 {
   }
   static F load_bfloat16(const uint16_t* p) {
     return even_bfloat16({_mm256_cvtepu16_epi32(load128(p)), _mm256_cvtepu16_epi32(load128(p + 8))});
+  }
+  // Half to even; for finite numbers.
+  static void store_bfloat16(uint16_t* p, F x) {
+    const __m256i words = _mm256_packus_epi32(rounded(x.a), rounded(x.b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
   }
   static F load_int8(const int8_t* p) {
     const __m128i bytes = load128(p);
@@ -136,6 +148,13 @@ struct Avx2 {
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
  private:
+  // The upper halves of floats, rounded to them.
+  static __m256i rounded(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  }
   static __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256i quad(const int8_t* x) {
     int32_t four;

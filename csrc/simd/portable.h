@@ -73,6 +73,13 @@ struct Portable {
     for (float lane : a.v) total += lane;
     return total;
   }
+  // The sums of four vectors, side by side.
+  static void sum_four(const F& a, const F& b, const F& c, const F& d, float* p) {
+    p[0] = sum(a);
+    p[1] = sum(b);
+    p[2] = sum(c);
+    p[3] = sum(d);
+  }
   static float largest(const F& a) {
     float found = a.v[0];
     for (float lane : a.v) found = lane > found ? lane : found;
@@ -93,6 +100,14 @@ struct Portable {
   }
   static F load_bfloat16(const uint16_t* p) {
     return lanes([=](int i) { return bits(static_cast<uint32_t>(p[i]) << 16); });
+  }
+  // Half to even; for finite numbers.
+  static void store_bfloat16(uint16_t* p, const F& x) {
+    for (int i = 0; i < 16; ++i) {
+      uint32_t all;
+      std::memcpy(&all, x.v + i, 4);
+      p[i] = static_cast<uint16_t>((all + 0x7fffu + (all >> 16 & 1u)) >> 16);
+    }
   }
   static F load_int8(const int8_t* p) {
     return lanes([=](int i) { return static_cast<float>(p[i]); });
