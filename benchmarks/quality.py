@@ -23,19 +23,22 @@ from coreinfer.cli.values import fractions, layer_list
 from coreinfer.evaluation.continuations import Quality, Setting, Window, measure, windows
 from coreinfer.selectors import SELECTORS, Selector
 from coreinfer.semantics.store import ClusterStore
-from coreinfer.standins import STAND_INS, StandIn
+from coreinfer.standins import STAND_INS
 
 RULES = ("stability", "similarity", "auto", "impact", "griffin")
 CONTROLS = ("static", "random", "oracle")
 
 
 def settings(
-    keeps: tuple[float, ...], dense_layers: tuple[int, ...], store: ClusterStore | None
+    rules: Sequence[str],
+    stand_ins: Sequence[str],
+    keeps: Sequence[float],
+    dense_layers: tuple[int, ...],
+    store: ClusterStore | None,
 ) -> dict[str, Setting]:
-    """Every rule and control, stand-in and keep ratio; named "rule/stand-in/keep"."""
+    """Every rule with every stand-in at every keep ratio; named "rule/stand-in/keep"."""
     made: dict[str, Setting] = {}
-    stand_ins: dict[str, StandIn | None] = {"none": None} | {n: s() for n, s in STAND_INS.items()}
-    for name in RULES + CONTROLS:
+    for name in rules:
         rule = SELECTORS[name]
         if store is None and "clusters" in rule.__dataclass_fields__:
             continue
@@ -44,7 +47,8 @@ def settings(
             if "clusters" in rule.__dataclass_fields__:
                 options["clusters"] = store
             selector: Selector = rule(**options)
-            for stand_in, instance in stand_ins.items():
+            for stand_in in stand_ins:
+                instance = None if stand_in == "none" else STAND_INS[stand_in]()
                 made[f"{name}/{stand_in}/{keep:g}"] = Setting(selector, instance)
     return made
 
@@ -81,7 +85,7 @@ class Worker:
     def __init__(self, args: argparse.Namespace) -> None:
         store = None if args.clusters is None else ClusterStore.load(args.clusters)
         self.backend = load(args.model, threads=args.threads).backend
-        self.settings = settings(args.keeps, args.dense_layers, store)
+        self.settings = settings(args.rules, args.stand_ins, args.keeps, args.dense_layers, store)
 
     @classmethod
     def start(cls, args: argparse.Namespace) -> None:
@@ -132,6 +136,8 @@ def main() -> None:
     parser.add_argument(
         "--clusters", help="cluster store; rules that need one are left out without"
     )
+    parser.add_argument("--rules", nargs="+", default=RULES + CONTROLS)
+    parser.add_argument("--stand-ins", nargs="+", default=("none", *STAND_INS))
     parser.add_argument("--keeps", type=fractions, default=(0.2, 0.4, 0.6, 0.8))
     parser.add_argument("--dense-layers", type=layer_list, default=())
     parser.add_argument("--windows", type=int, default=40)
