@@ -36,7 +36,8 @@ class Arena:
 
 def _mapping(num_bytes: int) -> Tensor:
     """Fresh memory, aligned to a huge page; pages take up room once they are written to."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+    # A small piece on its own would waste most of a huge page.
+    if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         memory = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
         start = -memory.data_ptr() % ALIGNMENT
         return memory[start : start + num_bytes]
