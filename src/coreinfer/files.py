@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ def replace_when_done(path: str | Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         partial = folder / path.name
         yield partial
+        _use_usual_mode(partial)
         replace(partial, path, folder / "replaced")
     except OSError as error:
         raise UserError(describe_os_error(error, path)) from error
@@ -47,6 +49,15 @@ def replace_when_done(path: str | Path) -> Iterator[Path]:
     finally:
         if partial is not None:
             shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def _use_usual_mode(written: Path) -> None:
+    """Let others read what the umask lets them: safetensors makes its files the owner's alone."""
+    probe = written.with_name(f"{written.name}.mode")
+    probe.touch()
+    for file in (written, *written.rglob("*")):
+        if file.is_file():
+            file.chmod(stat.S_IMODE(probe.stat().st_mode))
 
 
 def remove_leftovers(path: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,23 @@ def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
         assert partial.parent.parent == tmp_path  # the same file system, so a rename is atomic
     assert path.read_text() == "new"
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes as POSIX has them")
+def test_what_is_written_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    def private(path: Path) -> None:  # as safetensors makes its files
+        path.touch(mode=0o600)
+
+    (tmp_path / "usual").touch()
+    with replace_when_done(tmp_path / "file") as partial:
+        private(partial)
+    with replace_when_done(tmp_path / "folder") as partial:
+        partial.mkdir()
+        private(partial / "file")
+    usual = (tmp_path / "usual").stat().st_mode
+    assert (tmp_path / "file").stat().st_mode == usual
+    assert (tmp_path / "folder" / "file").stat().st_mode == usual
+    assert names(tmp_path / "folder") == ["file"]
 
 
 def test_what_was_there_stays_until_then(tmp_path: Path) -> None:
