@@ -210,6 +210,7 @@ def test_metadata_that_is_not_the_format_is_refused(
     with pytest.raises(UserError, match=r"set'") as refusal:
         CoreSet.load(tmp_path / "set")
     assert "\n" not in str(refusal.value)
+    assert "Error(" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["0", "layer.0", "layers.x", "layers.00", "layers. 0", "layers."])

@@ -40,6 +40,14 @@ def refusal(folder: Path) -> str:
     return message
 
 
+def test_a_value_of_the_wrong_type_in_the_configuration_is_named(folder: Path) -> None:
+    edit_json(folder / "config.json", hidden_size="wide")
+    message = refusal(folder)
+    assert "does not describe a llama model" in message
+    assert "'hidden_size'" in message
+    assert "'wide'" in message
+
+
 def test_every_family_is_tried() -> None:
     assert set(CONFIGS) == set(FAMILIES)
 

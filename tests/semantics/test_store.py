@@ -120,7 +120,7 @@ def test_a_description_without_a_key_is_refused(tmp_path: Path, saved: Path, key
     about = json.loads((saved / "clusters.json").read_text())
     del about[key]
     path = damaged(tmp_path, saved, "clusters.json", json.dumps(about).encode())
-    with pytest.raises(UserError, match=r"is damaged|has format None"):
+    with pytest.raises(UserError, match=rf"is damaged: it has no '{key}'$|has format None"):
         ClusterStore.load(path)
 
 

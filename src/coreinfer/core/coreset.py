@@ -115,8 +115,10 @@ class CoreSet:
                 raise ValueError(f"tensors are named {sorted(tensors)}, not layers.0, layers.1, ..")
             if not isinstance(selector, dict):
                 raise ValueError(f"selector is no JSON object: {selector!r}")
-        except (KeyError, ValueError, RecursionError) as error:
-            raise UserError(f"{str(path)!r} has damaged metadata: {error!r}") from None
+        except KeyError as error:
+            raise UserError(f"{str(path)!r} has damaged metadata: no {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{str(path)!r} has damaged metadata: {error}") from None
         try:
             return cls(layers, num_neurons, model, fingerprint, selector)
         except UserError as error:

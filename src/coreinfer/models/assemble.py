@@ -50,9 +50,14 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of another library's error, for a message of ours."""
+    """The first line of another library's error, for a message of ours.
+
+    A line that ends in a colon says nothing without the next one.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
+    if text.endswith(":"):
+        text = " ".join(lines[:2])
     return text if len(text) <= 200 else text[:200] + "..."
 
 

@@ -217,7 +217,9 @@ class ClusterStore:
             )
         except UserError as error:
             raise UserError(f"{str(path)!r} is damaged: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except KeyError as error:
+            raise UserError(f"{str(path)!r} is damaged: it has no {error}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{str(path)!r} is damaged: {error!r}") from None
 
 
