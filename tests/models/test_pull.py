@@ -175,6 +175,10 @@ WARNING: Retrying (Retry(total=3)) after connection broken by 'NewConnectionErro
 ERROR: Could not find a version that satisfies the requirement tiny-model==1.0 (from versions: none)
 ERROR: No matching distribution found for tiny-model==1.0
 """
+NO_INDEX = """\
+ERROR: Could not find a version that satisfies the requirement tiny-model==1.0 (from versions: none)
+ERROR: No matching distribution found for tiny-model==1.0
+"""
 NOT_THERE = """\
 ERROR: Could not find a version that satisfies the requirement tiny-model==1.0 (from versions: 0.9)
 ERROR: No matching distribution found for tiny-model==1.0
@@ -189,6 +193,7 @@ FULL = "ERROR: Could not install packages due to an OSError: [Errno 28] No space
     ("stderr", "expected", "hint"),
     [
         (NO_NETWORK, "No matching distribution found for tiny-model==1.0", True),
+        (NO_INDEX, "No matching distribution found for tiny-model==1.0", True),
         (NOT_THERE, "No matching distribution found for tiny-model==1.0", False),
         (FULL, "No space left on device", False),
         ("/usr/bin/python: No module named pip\n", "has no pip", False),

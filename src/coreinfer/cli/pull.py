@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.models.pull import pull
 
     options.quiet_libraries()
-    model = args.name or args.model
+    model = args.model if args.name is None else args.name
     folder = pull(model, on_progress=note)
     print(json.dumps({"model": model, "path": str(folder)}) if args.json else folder)
     return 0

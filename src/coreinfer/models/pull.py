@@ -177,8 +177,11 @@ def _why(stderr: str) -> str:
     errors = [line for line in lines if line.startswith("ERROR:")]
     said = [line for line in lines if not line.startswith(("WARNING:", "[notice]"))]
     last = (errors or said or lines or ["pip failed without a word"])[-1].removeprefix("ERROR:")
-    unreachable = any("Retrying (" in line for line in lines)
-    hint = " (its index could not be reached; is there a network?)" if unreachable else ""
+    hint = ""
+    if any("Retrying (" in line for line in lines):
+        hint = " (its index could not be reached; is there a network?)"
+    elif any("(from versions: none)" in line for line in lines):
+        hint = " (pip sees no such package at all; is there a network, and the index you mean?)"
     return last.strip()[:300] + hint
 
 
