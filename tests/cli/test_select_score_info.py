@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from coreinfer.core.coreset import CoreSet
+from coreinfer.kernels.library import kernel_path
 from tests.cli.conftest import Cli, refusal
+from tests.semantics.stores import random_store
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -123,13 +126,25 @@ def test_info_on_a_model(cli: Cli, model_dir: Path) -> None:
 def test_info_on_a_core_set_and_on_this_machine(cli: Cli, model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "core.safetensors"
     cli("select", "--model", model_dir, "--prompt", "text", "--out", out)
+    plain = tmp_path / "core"  # known by what is in it, whatever it is called
+    cli("select", "--model", model_dir, "--prompt", "text", "--out", plain)
     about = json.loads(cli("info", out, "--json").out)
     assert (about["kind"], about["kept"]) == ("core set", [19, 19, 19])
+    assert json.loads(cli("info", plain, "--json").out) == about
     assert "selector: name=impact" in cli("info", out).out
     machine = json.loads(cli("info", "--json").out)
-    assert machine["backends"] == ["hf"]
+    assert machine["backends"] == ["hf", "native"]
+    assert machine["kernels"] == kernel_path()
     assert machine["cores"] >= 1
     assert "cache:" in cli("info").out
+
+
+def test_info_on_a_cluster_store(cli: Cli, tmp_path: Path) -> None:
+    store = random_store(documents=torch.tensor([7, 7, 7]))
+    store.save(tmp_path / "store")
+    about = json.loads(cli("info", tmp_path / "store", "--json").out)
+    assert about == {"kind": "cluster store", **store.describe()}
+    assert "sizes: 7, 7, 7\n" in cli("info", tmp_path / "store").out
 
 
 def test_a_set_of_another_model_is_refused_by_name(

@@ -23,13 +23,7 @@ def add_parser(verbs: Any) -> None:
         "int4, opened by memory map. It is read a few rows at a time, so a model larger than the "
         "memory converts too. A run that was interrupted goes on when it is started again.",
     )
-    parser.add_argument(
-        "--model",
-        default=options.DEFAULT_MODEL,
-        metavar="M",
-        help="a known name, a Hugging Face id, a folder with safetensors, or a .gguf file "
-        "(default: %(default)s, pulled when it is first used)",
-    )
+    options.add_model_option(parser)
     parser.add_argument(
         "--dtype",
         required=True,

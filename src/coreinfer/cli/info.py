@@ -38,8 +38,8 @@ def add_parser(verbs: Any) -> None:
         help="read a converted model and compare all its checksums",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
-    options.add_model_options(parser)
-    parser.set_defaults(run=run, model=None)
+    options.add_model_options(parser, default=None)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         about = describe_machine()
     elif (Path(target) / "clusters.json").is_file():
         about = describe_store(target)
-    elif Path(target).is_file() and Path(target).suffix == ".safetensors":
+    elif Path(target).is_file() and not _is_gguf(target):
         about = describe_core_set(target)
     elif _is_converted(target):
         about = describe_converted(target, verify=args.verify)
@@ -68,6 +68,8 @@ def describe_machine() -> dict[str, Any]:
     import transformers
 
     from coreinfer import __version__
+    from coreinfer.api import BACKENDS
+    from coreinfer.kernels.library import kernel_path
     from coreinfer.models.cache import cache_dir, cached_models
 
     return {
@@ -79,8 +81,8 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.is_available(),
-        "backends": ["hf"],
-        "kernels": "torch; the native backend is not part of this version",
+        "backends": list(BACKENDS),
+        "kernels": kernel_path(),  # "twin" is plain torch
         "cache": str(cache_dir()),
         "cached_models": [model.name for model in cached_models()],
     }
@@ -106,6 +108,14 @@ def describe_core_set(path: str) -> dict[str, Any]:
         "kept": [core_set.kept(layer) for layer in range(core_set.num_layers)],
         "density": core_set.density,
     }
+
+
+def _is_gguf(target: str) -> bool:
+    from coreinfer.jsonl import open_to_read
+    from coreinfer.models.gguf import MAGIC
+
+    with open_to_read(target) as file:
+        return Path(target).suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
 
 
 def _is_converted(target: str) -> bool:
@@ -198,8 +208,8 @@ def _short(key: str, value: Any) -> str:
         return megabytes(value)
     if key == "mlp_share":
         return f"{value:.1%} of the bytes read per token"
-    if isinstance(value, list) and value and len(set(map(str, value))) == 1:
-        return str(value[0]) + (" in every layer" if len(value) > 1 else "")
+    if key in ("num_neurons", "kept") and len(set(value)) == 1:
+        return f"{value[0]} in every layer"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, dict):

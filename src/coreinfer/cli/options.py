@@ -28,15 +28,11 @@ SELECTION = (
 )  # fmt: skip
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_MODEL
+) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="M",
-        help="a known name, a Hugging Face id, a folder with safetensors, or a .gguf file "
-        "(default: %(default)s, pulled when it is first used)",
-    )
+    add_model_option(group, default)
     group.add_argument(
         "--backend",
         default="hf",
@@ -60,6 +56,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="CPU threads, 1 to the number of cores (default: torch's choice)",
     )
     add_config_option(group)
+
+
+def add_model_option(
+    parser: argparse._ActionsContainer, default: str | None = DEFAULT_MODEL
+) -> None:
+    used = "none" if default is None else f"{default}, pulled when it is first used"
+    parser.add_argument(
+        "--model",
+        default=default,
+        metavar="M",
+        help="a known name, a Hugging Face id, a folder with safetensors, or a .gguf file "
+        f"(default: {used})",
+    )
 
 
 def add_config_option(parser: argparse._ActionsContainer) -> None:
@@ -110,7 +119,8 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--budgets",
         type=layer_budgets,
         metavar="LIST",
-        help="fraction to keep of single layers, as in 0-5=0.8,6=0.3 (default: none)",
+        help="fraction to keep of single layers, above 0 to 1 each, as in 0-5=0.8,6=0.3 "
+        "(default: none)",
     )
     group.add_argument(
         "--clusters",
@@ -236,8 +246,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         type=number,
         default=1.0,
         metavar="R",
-        help="make tokens that are in the prompt or the answer already less likely: above 1; "
-        "counts in greedy decoding too (default: 1, none)",
+        help="above 1 makes tokens that are in the prompt or the answer already less likely, below "
+        "1 (and above 0) likelier; counts in greedy decoding too (default: 1, none)",
     )
     group.add_argument(
         "--stop",
