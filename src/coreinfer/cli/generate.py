@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from coreinfer.cli import options
 from coreinfer.cli.terminal import megabytes, note, progress, warn
 from coreinfer.cli.values import whole
+from coreinfer.errors import UserError, require_whole
 
 if TYPE_CHECKING:
     from coreinfer.api import LLM, Comparison
@@ -53,6 +54,7 @@ def add_parser(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from coreinfer.runtime.sampling import SamplingParams
 
+    require_whole("the batch size", args.batch_size, 1)
     selection = {"selector": options.selector_from(args), "stand_in": options.stand_in_from(args)}
     sampling = options.sampling_from(args)
     SamplingParams(**sampling)  # refuses what is out of range before the model is loaded
@@ -103,7 +105,6 @@ def _compare(llm: LLM, prompt: str, shared: dict[str, Any], *, as_json: bool) ->
 def _answer_file(args: argparse.Namespace, shared: dict[str, Any]) -> int:
     """Answer the usable lines of a file; exit code 2 if a line was not."""
     from coreinfer.api import in_batches
-    from coreinfer.errors import UserError
     from coreinfer.jsonl import read_jsonl
 
     if args.compare and args.batch_size != 1:

@@ -42,7 +42,7 @@ def layer_budgets(text: str) -> dict[int, float]:
     budgets: dict[int, float] = {}
     for part in _parts(text):
         layers, equals, keep = part.partition("=")
-        if not equals:
+        if not (layers.strip() and equals):
             raise argparse.ArgumentTypeError(f"{part!r} is no budget; write 'LAYERS=FRACTION'")
         budgets |= dict.fromkeys(layer_list(layers), number(keep))
     return budgets
@@ -51,6 +51,11 @@ def layer_budgets(text: str) -> dict[int, float]:
 def fractions(text: str) -> tuple[float, ...]:
     """ "0.2,0.4" -> (0.2, 0.4)."""
     return tuple(number(part) for part in _parts(text))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """ "int8,int4" -> ("int8", "int4"), each once."""
+    return tuple(dict.fromkeys(_parts(text)))
 
 
 def _parts(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from coreinfer.errors import UserError
+from coreinfer.errors import UserError, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,7 @@ class SamplingParams:
             raise UserError(
                 f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}"
             )
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"the seed must be 0 or more, got {self.seed}")
+        require_whole("the seed", self.seed, 0, 2**63 - 1)
         if "" in self.stop:
             raise UserError("a stop text must not be empty")
 
