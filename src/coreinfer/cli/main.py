@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from coreinfer.cli import chat, cluster, convert, generate, info, pull, score, s
 from coreinfer.cli.config import expand_config
 from coreinfer.cli.terminal import warn
 from coreinfer.errors import UserError
+from coreinfer.files import describe_os_error
 
 VERBS = (generate, chat, select, cluster, score, info, pull, convert)
 
@@ -58,5 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        warn(describe_os_error(error, error.filename or "stdout"))
+        return 2
+
+
+def _drop_output() -> None:
+    """Send what is left in stdout's buffer nowhere, so that Python does not fail on it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
