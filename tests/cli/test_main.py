@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import coreinfer
+from coreinfer.cli.config import expand_config
 from coreinfer.cli.main import VERBS, build_parser, main
 from coreinfer.cli.options import SELECTOR_NAMES, STAND_IN_NAMES
 from coreinfer.selectors import SELECTORS
@@ -34,6 +35,7 @@ def test_every_option_has_a_help_text() -> None:
     for verb, parser in verbs.choices.items():  # type: ignore[attr-defined]
         for action in parser._actions:
             assert action.help, f"{verb} {action.dest}"
+        assert "None" not in parser.format_help(), verb
 
 
 def test_help_needs_no_heavy_import() -> None:
@@ -86,10 +88,20 @@ def test_settings_come_from_a_file_and_what_is_typed_wins(
     assert json.loads(typed.out)["beta"] == 0.5
 
 
+def test_a_list_of_stop_texts_is_several_stop_texts(tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text('stop = ["one", "two, three"]\n')
+    parser = build_parser()
+    argv = expand_config(parser, ["generate", "--config", str(path), "--prompt", "x"])
+    assert parser.parse_args(argv).stop == ["one", "two, three"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("betta = 0.5", "'betta' is no setting; did you mean 'beta'?"),
+        ('configs = "a.toml"', "'configs' is no setting"),
+        ('config = "a.toml"', "'config' is no setting"),
         ("beta = ", "is not TOML"),
         ('beta = "much"', "argument --beta: 'much' is not a number"),
         ('raw = "yes"', "the setting 'raw' is true or false, got 'yes'"),
@@ -100,7 +112,9 @@ def test_settings_come_from_a_file_and_what_is_typed_wins(
 def test_a_bad_settings_file_is_refused(cli: Cli, tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "settings.toml"
     path.write_bytes(text.encode("latin-1"))
-    assert message in refusal(cli("generate", "--config", path, "--prompt", "hi"))
+    line = refusal(cli("generate", "--config", path, "--prompt", "hi"))
+    assert message in line
+    assert "did you mean 'config'" not in line
 
 
 def test_a_missing_settings_file_is_refused(cli: Cli) -> None:
@@ -113,6 +127,17 @@ def test_the_exit_code_reaches_the_shell_without_a_traceback(model_dir: Path) ->
     run = subprocess.run([*COMMAND, *argv], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert run.stderr == "coreinfer: beta must be above 0 and at most 1, got 9.0\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_output_to_a_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [*COMMAND, "info"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("coreinfer: no space left while writing")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

@@ -189,6 +189,8 @@ def _read_line() -> str | None:
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
+        if sys.stdin.isatty():
+            print()
         return None
     except KeyboardInterrupt:
         print()

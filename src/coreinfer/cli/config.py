@@ -19,9 +19,10 @@ else:
 def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Put the settings of the file that `--config` names right after the verb.
 
-    A key is the name of a long option, with - or _; lists stand for comma-separated values, a
-    table for `key=value` pairs. What is typed comes later and so wins. A setting of another verb
-    is left out, so that one file can serve them all.
+    A key is the name of a long option, with - or _; lists stand for comma-separated values (or for
+    an option given several times, where it may be), a table for `key=value` pairs. What is typed
+    comes later and so wins. A setting of another verb is left out, so that one file can serve them
+    all.
 
     Raises:
         UserError: if the file is missing or no TOML, or a key is no option of any verb.
@@ -31,16 +32,17 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
     if path is None or not argv or argv[0] not in verbs:
         return list(argv)
     known = {option for verb in verbs.values() for option in verb._option_string_actions}
+    known -= {"--config", "--help"}
     mine = verbs[argv[0]]._option_string_actions
     settings: list[str] = []
     for key, value in _read(path).items():
         option = f"--{key.replace('_', '-')}"
-        if option not in known or option in ("--config", "--help"):
+        if option not in known:
             close = difflib.get_close_matches(option, sorted(known), n=1)
             hint = f"; did you mean {close[0].removeprefix('--')!r}?" if close else ""
             raise UserError(f"{path!r}: {key!r} is no setting{hint}")
         if option in mine:
-            settings += _as_arguments(option, value, flag=mine[option].nargs == 0)
+            settings += _as_arguments(mine[option], option, value)
     return [argv[0], *settings, *argv[1:]]
 
 
@@ -72,11 +74,13 @@ def _read(path: str) -> dict[str, Any]:
         raise UserError(f"{path!r} is not TOML: {error}") from None
 
 
-def _as_arguments(option: str, value: object, *, flag: bool) -> list[str]:
-    if flag:
+def _as_arguments(action: argparse.Action, option: str, value: object) -> list[str]:
+    if action.nargs == 0:
         if not isinstance(value, bool):
             raise UserError(f"the setting {option[2:]!r} is true or false, got {value!r}")
         return [option] if value else []
+    if isinstance(action, argparse._AppendAction) and isinstance(value, list):
+        return [f"{option}={_as_text(item)}" for item in value]
     return [f"{option}={_as_text(value)}"]
 
 
