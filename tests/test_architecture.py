@@ -39,12 +39,13 @@ ALLOWED = {
     "tuning": LOWER | {"runtime", "api", "evaluation"},
     "analysis": LOWER | {"runtime", "api", "evaluation"},
     "server": LOWER | {"runtime", "api"},
-    "cli": LOWER | {"runtime", "api", "evaluation", "tuning", "analysis", "server"},
+    "benchmarks": LOWER | {"runtime"},
+    "cli": LOWER | {"runtime", "api", "evaluation", "tuning", "analysis", "server", "benchmarks"},
 }
 # Building a store prefills a corpus, so this one module stands above the rest of its package.
 ALLOWED_IN_MODULES = {"semantics.build": LOWER | {"runtime"}}
 
-OPTIONAL = {"sentence_transformers", "sklearn", "matplotlib"}
+OPTIONAL = {"sentence_transformers", "sklearn", "matplotlib", "llama_cpp", "openvino_genai"}
 HEAVY_FOR_THE_COMMAND_LINE = {"torch", "transformers", "numpy", "safetensors", *OPTIONAL}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,12 @@ def peak_memory_bytes() -> int:
     """The most memory this process has held: of the GPU where one is in use, else resident."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return int(torch.cuda.max_memory_allocated())
+    try:
+        # Of this program alone: what getrusage says begins with the program that started it.
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) * 1024
+    except (OSError, StopIteration):  # not on every system
+        pass
     try:
         import resource
     except ImportError:  # Windows has no such module

@@ -26,6 +26,7 @@ class NativeBackend:
         compute: what a prefill multiplies in; float32 is exact.
         cache_dtype: of keys and values, bfloat16 or float32.
         prefill_chunk: tokens that a prefill pass reads at most, over all sequences.
+        skip_zeros: do not read the down columns of neurons whose ReLU is exactly zero.
     """
 
     name = "native"
@@ -39,11 +40,12 @@ class NativeBackend:
         compute: torch.dtype = torch.float32,
         cache_dtype: torch.dtype = torch.bfloat16,
         prefill_chunk: int = 512,
+        skip_zeros: bool = True,
     ) -> None:
         self.weights = weights
         self.tokenizer = tokenizer
         self.decoder = Decoder(weights, Products(weights.format, compute))
-        self.stepper = Stepper(weights)
+        self.stepper = Stepper(weights, skip_zeros=skip_zeros)
         self.prefill_chunk = prefill_chunk
         self._generation = generation
         self._cache_dtype = cache_dtype

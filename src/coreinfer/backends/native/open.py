@@ -20,6 +20,7 @@ def open_native(
     model: str,
     *,
     dtype: str | None = None,
+    skip_zeros: bool = True,
     on_progress: Callable[[str], None] = lambda _line: None,
 ) -> NativeBackend:
     """A model on the native backend.
@@ -28,6 +29,7 @@ def open_native(
         model: a folder that `coreinfer convert` wrote, or whatever `coreinfer.load` takes; that is
             converted when it is first used, into the local cache.
         dtype: "bfloat16", "int8" or "int4"; None for what a converted folder holds, or bfloat16.
+        skip_zeros: do not read the down columns of neurons whose ReLU is exactly zero.
         on_progress: told, a line each, what takes long.
 
     Raises:
@@ -56,4 +58,10 @@ def open_native(
         manifest.model,
         manifest.model_fingerprint,
     )
-    return NativeBackend(weights, tokenizer, generation=generation, compute=compute_dtype())
+    return NativeBackend(
+        weights,
+        tokenizer,
+        generation=generation,
+        compute=compute_dtype(),
+        skip_zeros=skip_zeros,
+    )

@@ -44,10 +44,10 @@ class Stepper:
     Threads are as many as torch has; it does nothing meanwhile.
     """
 
-    def __init__(self, weights: NativeWeights) -> None:
+    def __init__(self, weights: NativeWeights, *, skip_zeros: bool = True) -> None:
         self._weights = weights
         # A neuron whose activation is exactly zero is not read.
-        self._skip_zeros = weights.config.activation == "relu"
+        self._skip_zeros = skip_zeros and weights.config.activation == "relu"
         self._arena = Arena()
         self._dense: dict[int, PackedMlp] = {}
         self._decoder = self._pack()

@@ -1,0 +1,1 @@
+"""Speed, measured: prefill and decode apart, dense and sparse, beside other engines."""

@@ -1,0 +1,150 @@
+"""CoreInfer's own backends as engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from coreinfer.backends.base import Backend, Choice, Session
+from coreinfer.backends.hf.session import HfBackend
+from coreinfer.backends.native.backend import NativeBackend
+from coreinfer.backends.native.mlp import DenseMlps
+from coreinfer.backends.native.open import open_native
+from coreinfer.backends.native.products import compute_dtype
+from coreinfer.benchmarks.job import Job
+from coreinfer.benchmarks.measure import About, Engine, Repeat, timed
+from coreinfer.benchmarks.synthetic import no_tokenizer, synthetic_hf, synthetic_native
+from coreinfer.kernels.formats import WeightFormat
+from coreinfer.models.loading import DTYPES, load
+from coreinfer.recording import RecordingPlan
+from coreinfer.selectors import Dense, Impact, Selector
+from coreinfer.standins import Linear, StandIn
+
+
+class BackendEngine:
+    """A backend that keeps a part of the neurons by the default rule, or all of them.
+
+    Args:
+        backend: the model.
+        vocab_size: of it.
+        keep: fraction of each layer's neurons; 1 is dense decoding.
+    """
+
+    def __init__(self, backend: Backend, vocab_size: int, keep: float) -> None:
+        self.vocab_size = vocab_size
+        self._backend = backend
+        self._selector: Selector = Dense() if keep == 1 else Impact(beta=keep)
+        self._stand_in: StandIn | None = None if keep == 1 else Linear()
+        self._plan = RecordingPlan.of(self._selector, self._stand_in)
+        self._session: Session = backend.start(self._plan)
+        self._choice: Choice | None = None
+
+    def repeat(self, prompt: Sequence[int], answer: Sequence[int]) -> Repeat:
+        return timed(self, prompt, answer)
+
+    def prefill(self, token_ids: Sequence[int]) -> None:
+        self._choice = None
+        self._session = self._backend.start(self._plan)
+        self._session.prefill([token_ids])
+        self._backend.synchronize()
+
+    def select(self) -> None:
+        (self._choice,) = self._session.select(self._selector, self._stand_in)
+        self._backend.synchronize()
+
+    def decode(self, token_id: int) -> None:
+        self._session.decode([[token_id]])
+        self._backend.synchronize()
+
+    def about(self) -> About:
+        choice = self._chosen()
+        return About(
+            dtype=self._backend.dtype,
+            selector=self._selector.name,
+            density=choice.core_set.density,
+            bytes_per_token=self._backend.cost.sparse(choice.core_set, choice.stand_in_bytes),
+        )
+
+    def _chosen(self) -> Choice:
+        assert self._choice is not None, "nothing was run yet"
+        return self._choice
+
+
+class SkippingEngine(BackendEngine):
+    """A ReLU model on the native backend, which does not read the down columns of zeros.
+
+    Its dense rows call themselves "skip-zeros": the answer is the same, the bytes are fewer.
+    """
+
+    def __init__(self, backend: NativeBackend, keep: float) -> None:
+        super().__init__(backend, backend.weights.config.vocab_size, keep)
+        self._native = backend
+        self._prompt: Sequence[int] = ()
+
+    def prefill(self, token_ids: Sequence[int]) -> None:
+        self._prompt = token_ids
+        super().prefill(token_ids)
+
+    def about(self) -> About:
+        plain, core_set = super().about(), self._chosen().core_set
+        zeros = self._zeros()
+        assert plain.bytes_per_token is not None
+        weights = self._native.weights
+        column = weights.format.row_bytes(weights.config.hidden_size)
+        kept = sum(core_set.kept(layer) for layer in range(core_set.num_layers))
+        return About(
+            dtype=plain.dtype,
+            selector="skip-zeros" if plain.selector == "dense" else plain.selector,
+            density=plain.density,
+            bytes_per_token=plain.bytes_per_token - round(zeros * kept * column),
+            zero_activations=zeros,
+        )
+
+    @torch.no_grad()
+    def _zeros(self) -> float:
+        """Share of the kept neurons that are zero, over the prompt and all layers."""
+        kept = self._chosen().core_set.layers
+        shares: list[float] = []
+
+        def observe(layer: int, _x: Tensor, h: Tensor) -> None:
+            h = h[:, kept[layer].long()] if layer in kept else h
+            shares.append(float((h == 0).float().mean()))
+
+        native = self._native
+        mlps = DenseMlps(native.weights, native.decoder.products, observe)
+        native.decoder.read([self._prompt], [native.new_cache()], mlps)
+        return sum(shares) / len(shares)
+
+
+def open_native_engine(job: Job) -> Engine:
+    """The native backend; one of the job's dtypes, synthetic or real weights."""
+    if job.shape is not None:
+        weights = synthetic_native(job.shape, job.model, WeightFormat.named(job.dtype))
+        backend = NativeBackend(
+            weights, no_tokenizer(), compute=compute_dtype(), skip_zeros=job.skip_zeros
+        )
+    else:
+        assert job.source is not None
+        backend = open_native(job.source, dtype=job.dtype, skip_zeros=job.skip_zeros)
+    config = backend.weights.config
+    if job.skip_zeros and config.activation == "relu":
+        return SkippingEngine(backend, job.keep)
+    return BackendEngine(backend, config.vocab_size, job.keep)
+
+
+def open_hf_engine(job: Job) -> Engine:
+    """The hf backend."""
+    backend = hf_backend(job)
+    return BackendEngine(backend, backend.vocab_size, job.keep)
+
+
+def hf_backend(job: Job) -> HfBackend:
+    """The job's model in transformers."""
+    if job.shape is not None:
+        model = synthetic_hf(job.shape, DTYPES[job.dtype])
+        return HfBackend(model, no_tokenizer(), job.model)
+    assert job.source is not None
+    loaded = load(job.source, dtype=job.dtype)
+    return HfBackend(loaded.model, loaded.tokenizer, loaded.name)
