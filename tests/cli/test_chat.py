@@ -35,13 +35,15 @@ def test_a_conversation_is_kept_and_saved(talk, tmp_path: Path) -> None:  # type
 
 def test_commands(talk) -> None:  # type: ignore[no-untyped-def]
     run = talk(
-        "/help", "/stats", "/set", "/set beta 0.5", "hi", "/stats", "/dense", "again", "/stats",
-        "/dense", "/reset", "/quit", "never read",
+        "/help", "/stats", "/set", "/set ignore_eos true", "/set beta 0.5", "hi", "/stats", "/dense",
+        "again", "/stats", "/dense", "/reset", "/quit", "never read",
     )  # fmt: skip
     assert run.code == 0
     assert "/save FILE" in run.out
     assert "nothing was answered yet" in run.out
     assert "beta = 0.4" in run.out
+    assert "ignore_eos = false" in run.out
+    assert "ignore_eos = true" in run.out
     assert "beta = 0.5" in run.out
     assert "impact: density 0.50" in run.out
     assert "dense: density 1.00" in run.out
@@ -59,6 +61,9 @@ def test_commands(talk) -> None:  # type: ignore[no-untyped-def]
         ("/set beta 7", "beta must be above 0 and at most 1, got 7"),
         ("/set beta [1]", "beta needs a value such as 0.4"),
         ("/set top_k 1.5", "top_k is a whole number, got '1.5'"),
+        ("/set top_k true", "top_k needs a value such as 0, got 'true'"),
+        ("/set ignore_eos 1", "ignore_eos needs a value such as false, got '1'"),
+        ("/set beta null", "beta needs a value such as 0.4, got 'null'"),
         ("/save", "/save needs a file name"),
         ("/save /nowhere/at/all.json", "/nowhere/at/all.json"),
     ],

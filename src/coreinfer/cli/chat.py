@@ -135,7 +135,7 @@ class Chat:
         values = self._changeable()
         if not name:
             for key, (_, value) in values.items():
-                print(f"{key} = {value}")
+                print(f"{key} = {json.dumps(value)}")
             return
         if name not in values:
             raise UserError(f"there is no setting {name!r}; there are {', '.join(values)}")
@@ -143,15 +143,13 @@ class Chat:
         try:
             value = json.loads(text)
         except ValueError:
-            raise UserError(
-                f"{name} needs a value such as {json.dumps(old)}, got {text!r}"
-            ) from None
-        if isinstance(old, (int, float)) and not isinstance(value, (int, float)):
+            value = None
+        if not isinstance(value, (int, float)) or isinstance(value, bool) != isinstance(old, bool):
             raise UserError(f"{name} needs a value such as {json.dumps(old)}, got {text!r}")
         if isinstance(old, int) and isinstance(value, float):
             raise UserError(f"{name} is a whole number, got {text!r}")
         self._settings[owner] = replace(self._settings[owner], **{name: value})
-        print(f"{name} = {value}")
+        print(f"{name} = {json.dumps(value)}")
 
     def _changeable(self) -> dict[str, tuple[str, Any]]:
         """Number and switch settings: name -> (what it belongs to, its value)."""
