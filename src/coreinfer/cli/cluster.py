@@ -24,8 +24,8 @@ def add_parser(verbs: Any) -> None:
         "--corpus",
         required=True,
         metavar="FILE",
-        help="JSONL (an object with 'text', or a string, a line) or text with blank lines between "
-        "documents",
+        help="a .jsonl file (an object with 'text', or a string, a line), or text with blank lines "
+        "between documents",
     )
     parser.add_argument("--out", required=True, metavar="STORE", help="the folder to write")
     parser.add_argument(
