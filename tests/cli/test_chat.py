@@ -35,8 +35,8 @@ def test_a_conversation_is_kept_and_saved(talk, tmp_path: Path) -> None:  # type
 
 def test_commands(talk) -> None:  # type: ignore[no-untyped-def]
     run = talk(
-        "/help", "/stats", "/set", "/set ignore_eos true", "/set beta 0.5", "hi", "/stats", "/dense",
-        "again", "/stats", "/dense", "/reset", "/quit", "never read",
+        "/help", "/stats", "/set", "/set ignore_eos true", "/set beta 0.5", "hi", "/stats",
+        "/dense", "again", "/stats", "/dense", "/reset", "/quit", "never read",
     )  # fmt: skip
     assert run.code == 0
     assert "/save FILE" in run.out
