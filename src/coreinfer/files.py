@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import glob
+import os
+import re
 import shutil
 import stat
 import tempfile
@@ -45,10 +47,18 @@ def replace_when_done(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(describe_os_error(error, path)) from error
     except SafetensorError as error:  # safetensors wraps the operating system's own error
-        raise UserError(f"cannot write {str(path)!r}: {error}") from error
+        raise UserError(_describe_safetensor_error(error, path)) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def _describe_safetensor_error(error: SafetensorError, path: Path) -> str:
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None:
+        return f"cannot write {str(path)!r}: {error}"
+    code = int(number[1])
+    return describe_os_error(OSError(code, os.strerror(code)), path)
 
 
 def _use_usual_mode(written: Path) -> None:

@@ -129,6 +129,16 @@ def test_the_exit_code_reaches_the_shell_without_a_traceback(model_dir: Path) ->
     assert run.stderr == "coreinfer: beta must be above 0 and at most 1, got 9.0\n"
 
 
+def test_an_answer_is_shown_in_any_encoding(model_dir: Path) -> None:
+    argv = ["generate", "--model", str(model_dir), "--prompt", "hello", "--max-new-tokens", "30"]
+    run = subprocess.run(
+        [*COMMAND, *argv, "--ignore-eos"], capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert b"?" in run.stdout
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
 def test_output_to_a_full_disk_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:

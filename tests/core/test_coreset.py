@@ -238,6 +238,11 @@ def test_what_is_no_core_set_is_refused(tmp_path: Path, make: Callable[[Path], A
         CoreSet.load(path)
 
 
+def test_a_folder_in_place_of_a_core_set_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder, expected a core-set file"):
+        CoreSet.load(tmp_path)
+
+
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot access .*missing"):
         example().save(tmp_path / "missing" / "set")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from coreinfer.errors import UserError
 from coreinfer.files import describe_os_error, replace_when_done
@@ -121,3 +122,15 @@ def test_a_folder_that_is_missing_is_the_users_mistake(tmp_path: Path) -> None:
 )
 def test_errors_of_the_system_say_what_would_do(code: int, message: str) -> None:
     assert describe_os_error(OSError(code, "broken"), "f") == message
+
+
+def test_a_full_disk_under_safetensors_is_a_full_disk(tmp_path: Path) -> None:
+    def fill(message: str) -> None:
+        with replace_when_done(tmp_path / "file"):
+            raise SafetensorError(message)
+
+    with pytest.raises(UserError, match=r"no space left while writing .*file'; free some"):
+        fill(f"I/O error: No space left on device (os error {errno.ENOSPC})")
+    with pytest.raises(UserError, match=r"cannot write .*file': odd"):
+        fill("odd")
+    assert names(tmp_path) == []

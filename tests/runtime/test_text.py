@@ -82,6 +82,20 @@ def test_an_empty_prompt_is_refused() -> None:
         encode_pair(TOKENIZER, "a", "")
 
 
+@pytest.mark.parametrize("text", ["ab\udcff", "\ud83d"])
+def test_text_that_is_no_unicode_is_refused(text: str) -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    for encode in (
+        lambda: encode_raw(tokenizer, text),
+        lambda: encode_prompt(tokenizer, text, raw=False),
+        lambda: encode_pair(tokenizer, text, "x"),
+        lambda: encode_pair(tokenizer, "x", text),
+    ):
+        with pytest.raises(UserError, match=r"'\\u....', which is no character") as refusal:
+            encode()
+        assert str(refusal.value).isascii()
+
+
 def test_a_prompt_goes_through_the_chat_template_unless_raw() -> None:
     chat = tiny_tokenizer(chat=True)
     ids = encode_prompt(chat, "hi", raw=False)

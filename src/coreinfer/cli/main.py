@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 2 the user's mistake (one line on stderr), 130 after Ctrl-C. Anything else that
         goes wrong is a bug: it raises, which Python turns into a traceback and exit code 1.
     """
+    _show_any_text()
     try:
         parser = build_parser()
         args = parser.parse_args(expand_config(parser, sys.argv[1:] if argv is None else argv))
@@ -68,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         warn(describe_os_error(error, error.filename or "stdout"))
         return 2
+
+
+def _show_any_text() -> None:
+    """Let stdout show a ? for what its encoding does not have: a model may say anything."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _drop_output() -> None:

@@ -94,6 +94,8 @@ class CoreSet:
             UserError: if the file is missing, damaged, of another format or version, or holds
                 indices that are unsorted or outside the layer's D neurons.
         """
+        if Path(path).is_dir():
+            raise UserError(f"{str(path)!r} is a folder, expected a core-set file")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

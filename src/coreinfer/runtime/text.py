@@ -16,11 +16,11 @@ def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The text as it is, with the special tokens the tokenizer adds by itself.
 
     Raises:
-        UserError: if the text is empty.
+        UserError: if the text is empty, or no valid Unicode.
     """
     if not text:
         raise UserError("the prompt is empty; give at least one character")
-    ids = list(tokenizer(text, verbose=False).input_ids)
+    ids = _token_ids(tokenizer, text)
     if not ids:
         raise UserError(f"the prompt {text[:40]!r} has no token in this model's vocabulary")
     return ids
@@ -43,8 +43,12 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messa
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text in which the special tokens are already written."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    """Token ids of a text in which the special tokens are already written.
+
+    Raises:
+        UserError: if the text is no valid Unicode.
+    """
+    return _token_ids(tokenizer, text, add_special_tokens=False)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool) -> list[int]:
@@ -74,11 +78,24 @@ def encode_pair(
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    whole = list(tokenizer(context + continuation, verbose=False).input_ids)
-    first = list(tokenizer(context, verbose=False).input_ids)
+    whole = _token_ids(tokenizer, context + continuation)
+    first = _token_ids(tokenizer, context)
     if len(whole) <= len(first):
         raise UserError(f"the continuation {continuation[:40]!r} adds no token to its context")
     return whole[: len(first)], whole[len(first) :]
+
+
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    try:  # bytes of the shell that are no UTF-8 come as half surrogate pairs: no tokenizer's text
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        bad = text[error.start]
+        raise UserError(
+            f"the text holds {bad!r}, which is no character; give it as UTF-8"
+        ) from None
+    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
 
 class TextStream:
