@@ -18,6 +18,7 @@ ENGINES = ("native", "hf")
 PEER_NAMES = ("transformers", "llama.cpp", "openvino")
 
 _ROOM = 7e8  # bytes of a process beside the weights: libraries, activations, a KV cache
+_MLP_SHARE = 0.6  # of a model's weights, at least
 _BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.5}
 
 
@@ -110,17 +111,26 @@ def base_job(
 
 
 def memory_of(job: Job, target: Target) -> float:
-    """Bytes that a row takes, roughly: to choose which rows fit beside each other."""
+    """Bytes that a row takes, roughly: to choose which rows fit beside each other.
+
+    The pages of a mapped file are not counted: they are given back when others need them.
+    """
     if job.gguf is not None:
         return Path(job.gguf).stat().st_size * 1.1 + _ROOM
-    return target.parameters * _BITS[job.dtype] / 8 + _ROOM
+    size = target.parameters * _BITS[job.dtype] / 8
+    if job.engine == "native":  # the neurons that are kept, which are copies, and all the rest
+        size *= 1 - _MLP_SHARE * (1 - job.keep)
+    return size + _ROOM
 
 
 def in_groups(jobs: Sequence[Job], sizes: Sequence[float], room: float) -> list[list[Job]]:
-    """Consecutive jobs that fit into `room` bytes together; one that does not fits alone."""
+    """Jobs that fit into `room` bytes together; one that is larger is alone.
+
+    They are put together by size, so that rows that read about as much are measured side by side.
+    """
     groups: list[list[Job]] = []
     taken = 0.0
-    for job, size in zip(jobs, sizes, strict=True):
+    for size, job in sorted(zip(sizes, jobs, strict=True), key=lambda pair: pair[0]):
         if groups and taken + size <= room:
             groups[-1].append(job)
             taken += size

@@ -80,16 +80,17 @@ def bench(
     meter = meter or ReadMeter(settings.num_threads)
     meter.sweep()
     notes: list[str] = []
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="coreinfer-bench-") as folder:
         jobs = [
             *_convertible(target, list(own_jobs(target, settings)), notes, on_progress),
             *_peer_jobs(target, settings, Path(folder), notes, on_progress),
         ]
         jobs, groups = _grouped(target, jobs, notes)
+        found: dict[str, Row] = {}
         for number, group in enumerate(groups, 1):
             on_progress(f"group {number} of {len(groups)}")
-            rows += _measured(group, settings.repeats, meter, start, notes, on_progress)
+            found |= _measured(group, settings.repeats, meter, start, notes, on_progress)
+        rows = [found[key] for job in jobs if (key := job.to_json()) in found]
     if not rows:
         raise UserError(f"no row could be measured: {notes[0] if notes else 'none was asked for'}")
     notes += _about_the_run(target, rows, groups)
@@ -164,10 +165,10 @@ def _measured(
     start: Start,
     notes: list[str],
     tell: Tell,
-) -> list[Row]:
-    """The rows of a group; one that fails becomes a note."""
+) -> dict[str, Row]:
+    """The rows of a group, by their jobs; one that fails becomes a note."""
     alive: list[RowProcess] = []
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}
 
     def attempt(process: RowProcess, work: Callable[[], object]) -> bool:
         try:
@@ -192,7 +193,8 @@ def _measured(
                 if not attempt(process, process.repeat):
                     alive.remove(process)
         for process in list(alive):
-            attempt(process, lambda: rows.append(process.finish()))  # noqa: B023  # called at once
+            key = process.job.to_json()
+            attempt(process, lambda: rows.update({key: process.finish()}))  # noqa: B023  # at once
             alive.remove(process)
     finally:
         for process in alive:
