@@ -11,9 +11,10 @@ echo "== What it reads to decode a token"
 
 echo
 echo "== The same prompt, decoded densely and with its core neurons"
-"$BIN/coreinfer" generate --compare --prompt-file examples/prompt.txt --max-new-tokens 80
+"$BIN/coreinfer" generate --compare --config examples/small-model.toml \
+    --prompt-file examples/prompt.txt --max-new-tokens 80
 
 echo
-echo "== The paper's own rule, at the same keep ratio, for comparison"
-"$BIN/coreinfer" generate --prompt-file examples/prompt.txt --max-new-tokens 80 \
-    --selector stability --stand-in none
+echo "== The paper's own rule, at the same keep ratio"
+"$BIN/coreinfer" generate --config examples/small-model.toml \
+    --selector stability --stand-in none --prompt-file examples/prompt.txt --max-new-tokens 80
