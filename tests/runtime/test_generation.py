@@ -153,7 +153,7 @@ def test_the_oracle_looks_at_the_dense_answer() -> None:
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"top_p": float("nan")}, "top_p must be above 0"),
         ({"stop": ("",)}, "a stop text must not be empty"),
-        ({"seed": -1}, "the seed must be 0 or more, got -1"),
+        ({"seed": -1}, "the seed must be 0 to 9223372036854775807, got -1"),
         ({"seed": 2**64}, "the seed must be"),
     ],
 )
