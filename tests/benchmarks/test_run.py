@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coreinfer.backends.native.convert import convert
 from coreinfer.benchmarks import run as run_module
 from coreinfer.benchmarks.job import Job
 from coreinfer.benchmarks.plan import Settings, in_groups, own_jobs
@@ -18,7 +20,9 @@ from coreinfer.benchmarks.table import HEAD, cells, heading
 from coreinfer.benchmarks.target import Target
 from coreinfer.benchmarks.worker import serve
 from coreinfer.errors import UserError
+from coreinfer.kernels.formats import WeightFormat
 from tests.benchmarks.fakes import TINY, TINY_OPT, fake_start, small_meter
+from tests.tiny import tiny_model, tiny_tokenizer
 
 KEYS = {
     "engine", "model", "dtype", "selector", "density", "threads", "prompt_tokens", "prefill_s",
@@ -103,7 +107,7 @@ def test_processes_are_ended_when_the_run_is_interrupted() -> None:
 
 
 def test_rows_are_native_and_hf_in_the_dtypes_that_they_have() -> None:
-    settings = Settings(dtypes=("float32", "bfloat16", "int8"), keeps=(1.0, 0.4))
+    settings = Settings(dtypes=("float32", "bfloat16", "int8"), keeps=(1.0, 0.4, 1.0))
     rows = [(job.engine, job.dtype, job.keep) for job in own_jobs(tiny(), settings)]
     wanted = [("native", "bfloat16"), ("native", "int8"), ("hf", "float32"), ("hf", "bfloat16")]
     assert rows == [(*one, keep) for one in wanted for keep in (1.0, 0.4)]
@@ -160,6 +164,19 @@ def test_prompt_and_answer_must_fit_the_model() -> None:
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Settings(**changes)
+
+
+def test_a_converted_model_is_for_native_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    out = convert(str(folder), WeightFormat.named("int4"), tmp_path / "int4")
+    target = Target.of_model(str(out))
+    assert (target.name, target.synthetic, target.context_length) == ("tiny", False, 512)
+    job = Job("native", "tiny", "int4", 1, prompt_tokens=6, decode_tokens=2, source=str(out))
+    assert answers_to(job)[0] == {"ready": True}
+    (answer,) = answers_to(replace(job, engine="hf", dtype="bfloat16"))
+    assert "a converted model is for native alone" in answer["error"]
 
 
 class Answers:

@@ -10,12 +10,14 @@ from torch import Tensor
 from coreinfer.backends.base import Backend, Choice, Session
 from coreinfer.backends.hf.session import HfBackend
 from coreinfer.backends.native.backend import NativeBackend
+from coreinfer.backends.native.container import is_converted
 from coreinfer.backends.native.mlp import DenseMlps
 from coreinfer.backends.native.open import open_native
 from coreinfer.backends.native.products import compute_dtype
 from coreinfer.benchmarks.job import Job
 from coreinfer.benchmarks.measure import About, Engine, Repeat, timed
 from coreinfer.benchmarks.synthetic import no_tokenizer, synthetic_hf, synthetic_native
+from coreinfer.errors import UserError
 from coreinfer.kernels.formats import WeightFormat
 from coreinfer.models.loading import DTYPES, load
 from coreinfer.recording import RecordingPlan
@@ -141,10 +143,16 @@ def open_hf_engine(job: Job) -> Engine:
 
 
 def hf_backend(job: Job) -> HfBackend:
-    """The job's model in transformers."""
+    """The job's model in transformers.
+
+    Raises:
+        UserError: if it is not found, or converted for the native backend.
+    """
     if job.shape is not None:
         model = synthetic_hf(job.shape, DTYPES[job.dtype])
         return HfBackend(model, no_tokenizer(), job.model)
     assert job.source is not None
+    if is_converted(job.source):
+        raise UserError("a converted model is for native alone; name the one it was made from")
     loaded = load(job.source, dtype=job.dtype)
     return HfBackend(loaded.model, loaded.tokenizer, loaded.name)

@@ -18,7 +18,7 @@ ENGINES = ("native", "hf")
 PEER_NAMES = ("transformers", "llama.cpp", "openvino")
 
 _ROOM = 7e8  # bytes of a process beside the weights: libraries, activations, a KV cache
-_MLP_SHARE = 0.6  # of a model's weights, at least
+_MLP_SHARE = 0.65  # of a model's weights
 _BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.5}
 
 
@@ -87,7 +87,7 @@ def own_jobs(target: Target, settings: Settings) -> Iterator[Job]:
             if dtype not in takes:
                 continue
             job = base_job(target, settings, engine, dtype)
-            for keep in settings.keeps:
+            for keep in dict.fromkeys(settings.keeps):
                 if keep == 1 and target.relu and engine == "native":
                     yield replace(job, skip_zeros=False)
                 yield replace(job, keep=keep)
@@ -118,8 +118,10 @@ def memory_of(job: Job, target: Target) -> float:
     if job.gguf is not None:
         return Path(job.gguf).stat().st_size * 1.1 + _ROOM
     size = target.parameters * _BITS[job.dtype] / 8
-    if job.engine == "native":  # the neurons that are kept, which are copies, and all the rest
+    if job.engine == "native":  # it copies what is kept, from a mapped file
         size *= 1 - _MLP_SHARE * (1 - job.keep)
+    elif job.keep < 1:  # a copy beside the whole
+        size *= 1 + _MLP_SHARE * job.keep
     return size + _ROOM
 
 
