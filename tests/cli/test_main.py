@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,11 +19,23 @@ import coreinfer
 from coreinfer.cli.config import expand_config
 from coreinfer.cli.main import VERBS, build_parser, main
 from coreinfer.cli.options import SELECTOR_NAMES, STAND_IN_NAMES
-from coreinfer.selectors import SELECTORS
-from coreinfer.standins import STAND_INS
+from coreinfer.selectors import SELECTORS, Auto, Impact, Similarity, Stability
+from coreinfer.standins import STAND_INS, Linear
 from tests.cli.conftest import Cli, refusal
 
 COMMAND = [sys.executable, "-c", "from coreinfer.cli.main import main; raise SystemExit(main())"]
+
+
+def default_of(rule: type, name: str) -> float:
+    (found,) = (field.default for field in fields(rule) if field.name == name)
+    assert isinstance(found, (int, float))
+    return found
+
+
+def generate_action(option: str) -> argparse.Action:
+    (verbs,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    action: argparse.Action = verbs.choices["generate"]._option_string_actions[option]
+    return action
 
 
 def test_the_options_name_every_rule_and_stand_in() -> None:
@@ -36,6 +51,26 @@ def test_every_option_has_a_help_text() -> None:
         for action in parser._actions:
             assert action.help, f"{verb} {action.dest}"
         assert "None" not in parser.format_help(), verb
+
+
+@pytest.mark.parametrize(
+    ("option", "default"),
+    [
+        ("--alpha", Stability().alpha),
+        ("--beta", Impact().beta),
+        ("--gamma", default_of(Similarity, "gamma")),
+        ("--prior-tokens", default_of(Auto, "prior_tokens")),
+        ("--min-stability", default_of(Auto, "min_stability")),
+        ("--rank", Linear().rank),
+        ("--ridge", Linear().ridge),
+    ],
+)
+def test_the_help_names_the_default_that_the_code_has(option: str, default: float) -> None:
+    # These options are None where they are not given: the code's own default then counts.
+    text = generate_action(option).help
+    assert text is not None
+    (named,) = re.findall(r"\(default: ([0-9.]*[0-9])", text)
+    assert float(named) == default
 
 
 def test_help_needs_no_heavy_import() -> None:
