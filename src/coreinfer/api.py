@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, TypeVar
 
 from coreinfer.backends.base import Backend
@@ -140,7 +140,9 @@ class LLM:
         on_piece: Callable[[str, Piece], None] = lambda _engine, _piece: None,
         **sampling: Any,
     ) -> Comparison:
-        """Answer one prompt densely, then sparsely, after one prefill of it.
+        """Answer one prompt densely and sparsely, after one prefill of it.
+
+        The two answers take turns, so that what else the machine does slows both alike.
 
         Args:
             prompt, selector, stand_in, raw, sampling: as for `stream`.
@@ -152,13 +154,15 @@ class LLM:
         read = prefill(self.backend, [ids], RecordingPlan.of(selector, stand_in), [prompt])
         dense = continue_from(self.backend, read.fork(), _dense_like(selector), None, params)
         sparse = continue_from(self.backend, read, selector, stand_in, params)
-        records = []
-        for engine, pieces in (("dense", dense), ("sparse", sparse)):
-            for piece in pieces:
+        records: dict[str, GenerationRecord] = {}
+        for pair in zip_longest(dense, sparse):
+            for engine, piece in zip(("dense", "sparse"), pair, strict=True):
+                if piece is None:
+                    continue
                 on_piece(engine, piece)
                 if piece.record is not None:
-                    records.append(piece.record)
-        return Comparison(*records)
+                    records[engine] = piece.record
+        return Comparison(**records)
 
     def select(self, prompt: str, selector: Selector = DEFAULT_SELECTOR) -> CoreSet:
         """The core set of a prompt, sent as it is (no chat template).

@@ -46,8 +46,7 @@ def test_compare_starts_both_answers_from_one_prefill() -> None:
         comparison.sparse.token_ids
         == llm.generate("some prompt", Impact(beta=0.1), max_new_tokens=6)[0].token_ids
     )
-    assert set(shown) == {"dense", "sparse"}
-    assert shown == sorted(shown)
+    assert shown[:2] == ["dense", "sparse"]  # they take turns
     same = llm.compare("some prompt", Impact(beta=1.0), max_new_tokens=6)
     assert same.first_difference is None
 

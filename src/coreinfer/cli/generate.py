@@ -83,21 +83,21 @@ def _answer(llm: LLM, prompt: str, shared: dict[str, Any], *, as_json: bool) -> 
 
 
 def _compare(llm: LLM, prompt: str, shared: dict[str, Any], *, as_json: bool) -> None:
-    shown: set[str] = set()
+    sparse: list[str] = []  # held back, since the two answers come in turns
 
     def show(engine: str, piece: Piece) -> None:
-        if as_json:
-            return
-        if engine not in shown:
-            shown.add(engine)
-            print(f"--- {engine} ---")
-        print(piece.text, end="" if piece.record is None else "\n", flush=True)
+        if engine == "sparse":
+            sparse.append(piece.text)
+        elif not as_json:
+            print(piece.text, end="", flush=True)
 
+    if not as_json:
+        print("--- dense ---")
     comparison = llm.compare(prompt, on_piece=show, **shared)
     if as_json:
         print(json.dumps(comparison.to_json()), flush=True)
         return
-    print(f"--- {difference(comparison, llm)}")
+    print(f"\n--- sparse ---\n{''.join(sparse)}\n--- {difference(comparison, llm)}")
     note("dense:  " + summary(comparison.dense))
     note("sparse: " + summary(comparison.sparse))
 
