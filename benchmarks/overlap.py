@@ -20,7 +20,7 @@ from statistics import fmean, median
 
 import torch
 
-from benchmarks.report import provenance, write_json
+from benchmarks.report import provenance, write_json, write_png
 from coreinfer.api import in_batches, load
 from coreinfer.backends.base import Backend
 from coreinfer.core.measures import mean_overlap
@@ -107,10 +107,7 @@ def plot(pairs: list[Pair], keep: float, title: str, path: Path) -> None:
         axes.axhline(random_overlap(keep), color="grey", linestyle=":", label="random sets")
     right.legend()
     figure.suptitle(title)
-    figure.tight_layout()
-    with replace_when_done(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
-    plt.close(figure)
+    write_png(path, figure)
 
 
 def main() -> None:

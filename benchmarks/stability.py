@@ -14,7 +14,7 @@ import csv
 from pathlib import Path
 from statistics import fmean, quantiles
 
-from benchmarks.report import provenance, write_json
+from benchmarks.report import provenance, write_json, write_png
 from coreinfer.api import load
 from coreinfer.core.measures import mean_overlap, stability_curve
 from coreinfer.evaluation.continuations import windows
@@ -47,10 +47,7 @@ def plot(curves: dict[str, dict[str, dict[int, list[float]]]], title: str, path:
         panel.legend()
     axes[0][0].set_ylabel("Jaccard, mean over layers (band: 10 to 90 % of passages)")
     figure.suptitle(title)
-    figure.tight_layout()
-    with replace_when_done(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
-    plt.close(figure)
+    write_png(path, figure)
 
 
 def main() -> None:

@@ -152,7 +152,7 @@ class LLM:
         self.backend.check(selector)
         ids = encode_prompt(self.backend.tokenizer, prompt, raw=raw)
         read = prefill(self.backend, [ids], RecordingPlan.of(selector, stand_in), [prompt])
-        dense = continue_from(self.backend, read.fork(), _dense_like(selector), None, params)
+        dense = continue_from(self.backend, read.fork(), Dense.beside(selector), None, params)
         sparse = continue_from(self.backend, read, selector, stand_in, params)
         records: dict[str, GenerationRecord] = {}
         for pair in zip_longest(dense, sparse):
@@ -266,8 +266,3 @@ def _use_threads(threads: int) -> None:
     if threads > cores:
         raise UserError(f"threads must be at most {cores}, this machine's cores, got {threads}")
     torch.set_num_threads(threads)
-
-
-def _dense_like(selector: Selector) -> Dense:
-    """Dense decoding that can follow a prefill recorded for `selector`."""
-    return Dense(count_bos=selector.count_bos)

@@ -119,7 +119,7 @@ class Chat:
         from coreinfer.selectors import Dense
 
         chosen: Selector = self._settings["selector"]
-        return Dense(count_bos=chosen.count_bos) if self._dense else chosen
+        return Dense.beside(chosen) if self._dense else chosen
 
     def _say(self, text: str) -> None:
         stand_in = None if self._dense else self._settings["stand_in"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer.cli import options
-from coreinfer.cli.terminal import note, warn
+from coreinfer.cli.terminal import Skipped, note
 from coreinfer.cli.values import number, whole
 
 
@@ -87,13 +87,7 @@ def run(args: argparse.Namespace) -> int:
     llm = options.load_model(args)
     num_layers = len(llm.backend.cost.num_neurons)
     name = args.encoder or default_encoder()
-    skipped = 0
-
-    def skip(problem: str) -> None:
-        nonlocal skipped
-        skipped += 1
-        warn(f"{problem}; skipped")
-
+    skip = Skipped()
     store = build_clusters(
         llm.backend,
         Path(args.corpus),
@@ -108,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         on_note=note,
     )
     if args.json:
-        print(json.dumps({"out": args.out, "skipped": skipped, **store.describe()}))
+        print(json.dumps({"out": args.out, "skipped": skip.count, **store.describe()}))
     else:
         sizes = ", ".join(str(size) for size in store.documents.tolist())
         print(

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from coreinfer.cli import options
-from coreinfer.cli.terminal import megabytes, note, progress, warn
+from coreinfer.cli.terminal import Skipped, megabytes, note, progress
 from coreinfer.cli.values import whole
 from coreinfer.errors import UserError, require_whole
 
@@ -112,12 +112,7 @@ def _answer_file(args: argparse.Namespace, shared: dict[str, Any]) -> int:
             f"--compare answers one prompt at a time, got --batch-size {args.batch_size}"
         )
     llm: LLM | None = None
-    bad: list[str] = []
-
-    def skip(problem: str) -> None:
-        bad.append(problem)
-        warn(f"{problem}; skipped")
-
+    skip = Skipped()
     for batch in in_batches(read_jsonl(args.prompts, ["prompt"], skip), args.batch_size):
         llm = llm or options.load_model(args)
         prompts = []
@@ -141,7 +136,7 @@ def _answer_file(args: argparse.Namespace, shared: dict[str, Any]) -> int:
                 else:
                     print(record.text, flush=True)
                     note(summary(record))
-    return 2 if bad else 0
+    return skip.exit_code
 
 
 def summary(record: GenerationRecord) -> str:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from coreinfer.cli import options
-from coreinfer.cli.terminal import warn
+from coreinfer.cli.terminal import Skipped
 from coreinfer.cli.values import whole
 
 
@@ -51,12 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     selector, stand_in = options.selector_from(args), options.stand_in_from(args)
     llm = None
-    bad: list[str] = []
-
-    def skip(problem: str) -> None:
-        bad.append(problem)
-        warn(f"{problem}; skipped")
-
+    skip = Skipped()
     rows = read_jsonl(args.pairs, ["context", "continuation"], skip)
     for batch in in_batches(rows, args.batch_size):
         llm = llm or options.load_model(args)
@@ -75,4 +70,4 @@ def run(args: argparse.Namespace) -> int:
                     f"{'greedy' if result.greedy else 'not greedy'}  density {result.density:.2f}",
                     flush=True,
                 )
-    return 2 if bad else 0
+    return skip.exit_code

@@ -11,6 +11,22 @@ def warn(message: str) -> None:
     print("coreinfer:", " ".join(message.split()), file=sys.stderr, flush=True)
 
 
+class Skipped:
+    """Warns of each line of input that is passed over, and counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, problem: str) -> None:
+        self.count += 1
+        warn(f"{problem}; skipped")
+
+    @property
+    def exit_code(self) -> int:
+        """2, the user's mistake, where a line was passed over."""
+        return 2 if self.count else 0
+
+
 def note(message: str) -> None:
     """A line on stderr that is no warning, such as what an answer cost."""
     print(message, file=sys.stderr, flush=True)

@@ -20,6 +20,11 @@ class Dense(Selector):
 
     name: ClassVar[str] = "dense"
 
+    @classmethod
+    def beside(cls, selector: Selector) -> Dense:
+        """Dense decoding that can follow a prefill recorded for `selector`."""
+        return cls(count_bos=selector.count_bos)
+
     def select(self, evidence: Evidence) -> Selection:
         return Selection({})
 
