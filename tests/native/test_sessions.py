@@ -252,7 +252,7 @@ def test_a_future_of_nothing_is_seen_as_such() -> None:
     session = start()
     session.prefill([A, B])
     session.look_ahead([[1, 2], []])
-    future = session._futures
+    future = session._recorded.futures
     assert future is not None
     assert [one.statistics()[0].tokens for one in future] == [2, 0]
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from coreinfer.backends.base import Choice, Phase
-from coreinfer.backends.hf.choose import Anatomy, choose, evidence_of
+from coreinfer.backends.hf.choose import Anatomy, choose
 from coreinfer.backends.hf.compact import CompactMlp
 from coreinfer.backends.hf.switch import Observer, Switchboard
+from coreinfer.backends.recorded import Recorded
 from coreinfer.core.measures import ReadCost
 from coreinfer.errors import UserError
 from coreinfer.recording import BatchWindows, PromptRecorder, RecordingPlan
@@ -111,16 +112,12 @@ class HfSession:
 
     def __init__(self, backend: HfBackend, plan: RecordingPlan) -> None:
         self._backend = backend
-        self._plan = plan
+        anatomy = backend.anatomy
+        self._recorded = Recorded(plan, anatomy.sizes, anatomy.bos_token_id)
         self._board = Switchboard(backend.anatomy.layers)
         self._cache = DynamicCache(config=backend.model.config)
         self._mask = torch.zeros(0, 0, dtype=torch.bool)  # [B, tokens so far], true at real ones
-        self._windows = BatchWindows(0, None)
-        self._recorders: list[PromptRecorder] = []
-        self._futures: list[PromptRecorder] | None = None
-        self._texts: list[str] | None = None
         self._compact: dict[int, CompactMlp] = {}
-        self._shared = False  # the recorders are also those of a fork
 
     @property
     def length(self) -> int:
@@ -130,33 +127,21 @@ class HfSession:
     def prefill(
         self, token_ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None
     ) -> Tensor:
-        if not all(token_ids):
-            raise UserError("the prompt is empty: there is no token to read")
-        if not self._recorders:
-            self._windows = BatchWindows(len(token_ids), self._backend.anatomy.bos_token_id)
-            self._recorders = self._new_recorders(len(token_ids))
+        if self._recorded.begin(token_ids, texts):
             self._mask = torch.zeros(len(token_ids), 0, dtype=torch.bool)
-        elif self._shared:
-            self._windows = copy.deepcopy(self._windows)
-            self._recorders = copy.deepcopy(self._recorders)
-        self._shared = False
-        self._futures = None
-        self._texts = None if texts is None else list(texts)
-        return self._record(token_ids, self._recorders, self._windows)
+        return self._record(token_ids, self._recorded.recorders, self._recorded.windows)
 
     def look_ahead(self, token_ids: Sequence[Sequence[int]]) -> None:
         ahead = self.fork()
-        self._futures = self._new_recorders(len(token_ids))
-        ahead._record(token_ids, self._futures, copy.deepcopy(self._windows), pad_left=False)
+        ahead._record(token_ids, *self._recorded.begin_ahead(len(token_ids)), pad_left=False)
 
     def evidence(self) -> list[Evidence]:
-        return evidence_of(self._backend.anatomy, self._recorders, self._texts, self._futures)
+        return self._recorded.evidence(self._backend.anatomy)
 
     def select(self, selector: Selector, stand_in: StandIn | None = None) -> list[Choice]:
         with torch.no_grad():
-            chosen = choose(
-                self._backend.anatomy, self._recorders, self.evidence(), selector, stand_in
-            )
+            recorders = self._recorded.recorders
+            chosen = choose(self._backend.anatomy, recorders, self.evidence(), selector, stand_in)
         self._compact = chosen.compact
         return chosen.choices
 
@@ -170,12 +155,8 @@ class HfSession:
         twin = copy.copy(self)
         twin._board = Switchboard(self._backend.anatomy.layers)
         twin._cache = _fork_cache(self._cache)
-        self._shared = twin._shared = True
+        twin._recorded = self._recorded.fork()
         return twin
-
-    def _new_recorders(self, batch: int) -> list[PromptRecorder]:
-        sizes = self._backend.anatomy.sizes
-        return [PromptRecorder(self._plan, sizes) for _ in range(batch)]
 
     def _record(
         self,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from coreinfer.backends.base import Choice, Phase
-from coreinfer.backends.choose import choose, evidence_of
+from coreinfer.backends.choose import choose
 from coreinfer.backends.native.cache import KvCache
 from coreinfer.backends.native.mlp import DenseMlps
-from coreinfer.errors import UserError
+from coreinfer.backends.recorded import Recorded
 from coreinfer.kernels.weights import Plan
 from coreinfer.recording import BatchWindows, PromptRecorder, RecordingPlan
 from coreinfer.selectors import Selector
@@ -32,14 +32,11 @@ class NativeSession:
 
     def __init__(self, backend: NativeBackend, plan: RecordingPlan) -> None:
         self._backend = backend
-        self._plan = plan
+        config = backend.weights.config
+        sizes = [(config.num_neurons, config.hidden_size)] * config.num_layers
+        self._recorded = Recorded(plan, sizes, config.bos_token_id)
         self._caches: list[KvCache] = []
-        self._windows = BatchWindows(0, None)
-        self._recorders: list[PromptRecorder] = []
-        self._futures: list[PromptRecorder] | None = None
-        self._texts: list[str] | None = None
         self._plans: list[Plan] | None = None  # before the selection: all neurons
-        self._shared = False  # the recorders are also those of a fork
 
     @property
     def lengths(self) -> list[int]:
@@ -49,36 +46,24 @@ class NativeSession:
     def prefill(
         self, token_ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None
     ) -> Tensor:
-        if not all(token_ids):
-            raise UserError("the prompt is empty: there is no token to read")
-        if not self._recorders:
-            bos = self._backend.weights.config.bos_token_id
-            self._windows = BatchWindows(len(token_ids), bos)
-            self._recorders = self._new_recorders(len(token_ids))
+        if self._recorded.begin(token_ids, texts):
             self._caches = [self._backend.new_cache() for _ in token_ids]
-        elif self._shared:
-            self._windows = copy.deepcopy(self._windows)
-            self._recorders = copy.deepcopy(self._recorders)
-        self._shared = False
-        self._futures = None
-        self._texts = None if texts is None else list(texts)
-        hidden = self._record(token_ids, self._recorders, self._windows)
+        hidden = self._record(token_ids, self._recorded.recorders, self._recorded.windows)
         return self._backend.stepper.logits(hidden)
 
     def look_ahead(self, token_ids: Sequence[Sequence[int]]) -> None:
         ahead = self.fork()
-        self._futures = self._new_recorders(len(token_ids))
-        ahead._record(token_ids, self._futures, copy.deepcopy(self._windows))
+        ahead._record(token_ids, *self._recorded.begin_ahead(len(token_ids)))
 
     def evidence(self) -> list[Evidence]:
-        return evidence_of(self._backend.weights, self._recorders, self._texts, self._futures)
+        return self._recorded.evidence(self._backend.weights)
 
     @torch.no_grad()
     def select(self, selector: Selector, stand_in: StandIn | None = None) -> list[Choice]:
         stepper = self._backend.stepper
         chosen = choose(
             self._backend.weights,
-            self._recorders,
+            self._recorded.recorders,
             self.evidence(),
             selector,
             stand_in,
@@ -86,7 +71,7 @@ class NativeSession:
         )
         self._plans = [
             stepper.plan({layer: rows[row] for layer, rows in chosen.compact.items()})
-            for row in range(len(self._recorders))
+            for row in range(len(self._caches))
         ]
         return chosen.choices
 
@@ -107,13 +92,8 @@ class NativeSession:
     def fork(self) -> NativeSession:
         twin = copy.copy(self)
         twin._caches = [cache.fork() for cache in self._caches]
-        self._shared = twin._shared = True
+        twin._recorded = self._recorded.fork()
         return twin
-
-    def _new_recorders(self, batch: int) -> list[PromptRecorder]:
-        config = self._backend.weights.config
-        sizes = [(config.num_neurons, config.hidden_size)] * config.num_layers
-        return [PromptRecorder(self._plan, sizes) for _ in range(batch)]
 
     @torch.no_grad()
     def _record(
