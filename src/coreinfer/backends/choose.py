@@ -15,7 +15,7 @@ from coreinfer.errors import UserError
 from coreinfer.recording import PromptRecorder, RecordingPlan
 from coreinfer.selectors import Selector
 from coreinfer.selectors.evidence import Evidence
-from coreinfer.standins import StandIn, StandInTerms
+from coreinfer.standins import DownProjection, StandIn, StandInTerms
 
 Compact = TypeVar("Compact")
 
@@ -34,8 +34,8 @@ class ModelView(Protocol):
         """|W_down[:, n]|_2, [D]."""
         ...
 
-    def down(self, layer: int) -> Tensor:
-        """W_down, [d, D]; a stand-in is fitted on it and has its dtype."""
+    def down(self, layer: int) -> DownProjection:
+        """The down projection of a layer: a stand-in is fitted on it and has its dtype."""
         ...
 
     def stand_in_bytes(self, terms: StandInTerms) -> int:
@@ -116,7 +116,7 @@ def choose(
         if stand_in is not None:
             down = model.down(layer)
             terms = [
-                _fit(stand_in, down, recorder, layer, index)
+                stand_in.fit(recorder.sample(layer), down, _others(index, size))
                 for recorder, index in zip(recorders, kept, strict=True)
             ]
             for row, term in enumerate(terms):
@@ -139,10 +139,8 @@ def choose(
     return Chosen(choices, compact)
 
 
-def _fit(
-    stand_in: StandIn, down: Tensor, recorder: PromptRecorder, layer: int, kept: Tensor
-) -> StandInTerms:
-    """The stand-in of one layer for the neurons that `kept` leaves out."""
-    dropped = torch.ones(down.shape[1], dtype=torch.bool)
+def _others(kept: Tensor, size: int) -> Tensor:
+    """The neurons that `kept` leaves out, int64."""
+    dropped = torch.ones(size, dtype=torch.bool, device=kept.device)
     dropped[kept.long()] = False
-    return stand_in.fit(recorder.sample(layer), down, dropped.nonzero().squeeze(-1).to(down.device))
+    return dropped.nonzero().squeeze(-1)

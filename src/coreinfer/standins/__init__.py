@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from coreinfer.standins.base import StandIn, StandInTerms
+from coreinfer.standins.base import DenseDown, DownProjection, StandIn, StandInTerms
 from coreinfer.standins.linear import Linear
 from coreinfer.standins.mean import Mean
 from coreinfer.standins.sample import LayerSample
@@ -15,4 +15,13 @@ STAND_INS: Mapping[str, type[StandIn]] = MappingProxyType(
     {stand_in.name: stand_in for stand_in in (Mean, Linear)}
 )
 
-__all__ = ["STAND_INS", "LayerSample", "Linear", "Mean", "StandIn", "StandInTerms"]
+__all__ = [
+    "STAND_INS",
+    "DenseDown",
+    "DownProjection",
+    "LayerSample",
+    "Linear",
+    "Mean",
+    "StandIn",
+    "StandInTerms",
+]

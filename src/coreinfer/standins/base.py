@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from coreinfer.standins.sample import LayerSample
@@ -31,6 +32,37 @@ class StandInTerms:
         return sum(part.numel() for part in parts if part is not None)
 
 
+class DownProjection(Protocol):
+    """W_down of a layer [d, D], known by what it does: a backend may never hold it whole."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the terms of a stand-in are computed with in decode."""
+        ...
+
+    def __call__(self, h: Tensor, neurons: Tensor) -> Tensor:
+        """h [n, K] of these neurons [K] int64 -> their part of the output, [n, d] float32.
+
+        h @ W_down[:, neurons].T, in the precision that the backend's prefill multiplies in.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DenseDown:
+    """A down projection that is a matrix in memory."""
+
+    weight: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def __call__(self, h: Tensor, neurons: Tensor) -> Tensor:
+        neurons = neurons.to(self.weight.device)
+        return h.float() @ self.weight.index_select(1, neurons).float().t()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StandIn(ABC):
     """Replaces W_down[:, rest] h[rest], which dropping the other neurons leaves out."""
@@ -43,14 +75,14 @@ class StandIn(ABC):
         """How many prompt tokens' x and h must be kept to fit it; 0 where sums are enough."""
 
     @abstractmethod
-    def fit(self, sample: LayerSample, down: Tensor, dropped: Tensor) -> StandInTerms:
+    def fit(self, sample: LayerSample, down: DownProjection, dropped: Tensor) -> StandInTerms:
         """Fit one layer on its prompt.
 
         Args:
             sample: the prompt's tokens (its first token, an attention sink, is not among them
                 unless there is no other).
-            down: W_down, [d, D].
-            dropped: indices of the dropped neurons, int64.
+            down: the layer's down projection.
+            dropped: indices of the dropped neurons, int64; at least one.
 
         Raises:
             ValueError: if the sample has no token.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coreinfer.errors import UserError, require_whole
-from coreinfer.standins.base import StandIn, StandInTerms
+from coreinfer.standins.base import DownProjection, StandIn, StandInTerms
 from coreinfer.standins.sample import LayerSample, Spectrum
 
 _ROUNDING = 1e-28  # (float64 epsilon)^2, with room for the rounding of a mean over tokens
@@ -46,12 +46,11 @@ class Linear(StandIn):
         _check_ridge(self.ridge)
         require_whole("sample_tokens", self.sample_tokens, 2)
 
-    def fit(self, sample: LayerSample, down: Tensor, dropped: Tensor) -> StandInTerms:
+    def fit(self, sample: LayerSample, down: DownProjection, dropped: Tensor) -> StandInTerms:
         if sample.h is None:
             raise ValueError("no token was sampled")
         spectrum = sample.spectrum()
-        h = sample.h.index_select(1, dropped).float()
-        r = (h @ down.index_select(1, dropped).float().t()).double()  # [S, d]
+        r = down(sample.h.index_select(1, dropped), dropped).double()  # [S, d]
         r_mean = r.mean(dim=0)
         left, right = _reduced_rank_ridge(spectrum, r - r_mean, self.ridge, self.rank)
         offset = r_mean - left @ (right @ spectrum.mean)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from coreinfer.standins.base import StandIn, StandInTerms
+from coreinfer.standins.base import DownProjection, StandIn, StandInTerms
 from coreinfer.standins.sample import LayerSample
 
 
@@ -21,8 +21,8 @@ class Mean(StandIn):
     def sample_tokens(self) -> int:
         return 0
 
-    def fit(self, sample: LayerSample, down: Tensor, dropped: Tensor) -> StandInTerms:
+    def fit(self, sample: LayerSample, down: DownProjection, dropped: Tensor) -> StandInTerms:
         if sample.h_sum is None:
             raise ValueError("no token was recorded")
         h_mean = (sample.h_sum / sample.tokens)[dropped]
-        return StandInTerms(offset=(down[:, dropped].double() @ h_mean).to(down.dtype))
+        return StandInTerms(offset=down(h_mean.unsqueeze(0), dropped)[0].to(down.dtype))

@@ -16,7 +16,7 @@ from coreinfer.models.mlp import MlpLayer, fingerprint, mlp_layers, read_cost
 from coreinfer.recording import PromptRecorder
 from coreinfer.selectors import Selector
 from coreinfer.selectors.evidence import Evidence
-from coreinfer.standins import StandIn, StandInTerms
+from coreinfer.standins import DenseDown, StandIn, StandInTerms
 
 __all__ = ["Anatomy", "choose", "evidence_of"]
 
@@ -58,9 +58,8 @@ class Anatomy:
             self._norms[layer] = self.layers[layer].column_norms()
         return self._norms[layer]
 
-    def down(self, layer: int) -> Tensor:
-        """W_down, [d, D]."""
-        return self.layers[layer].output.weight.detach()
+    def down(self, layer: int) -> DenseDown:
+        return DenseDown(self.layers[layer].output.weight.detach())
 
     def stand_in_bytes(self, terms: StandInTerms) -> int:
         """Bytes that decode reads for the stand-in of a layer: it has the dtype of the weights."""

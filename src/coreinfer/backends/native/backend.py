@@ -10,6 +10,7 @@ from coreinfer.backends.native.decoder import Decoder
 from coreinfer.backends.native.products import Products
 from coreinfer.backends.native.session import NativeSession
 from coreinfer.backends.native.steps import Stepper
+from coreinfer.backends.native.view import NativeView
 from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.core.measures import ReadCost
 from coreinfer.recording import RecordingPlan
@@ -44,7 +45,9 @@ class NativeBackend:
     ) -> None:
         self.weights = weights
         self.tokenizer = tokenizer
-        self.decoder = Decoder(weights, Products(weights.format, compute))
+        products = Products(weights.format, compute)
+        self.decoder = Decoder(weights, products)
+        self.view = NativeView(weights, products)
         self.stepper = Stepper(weights, skip_zeros=skip_zeros)
         self.prefill_chunk = prefill_chunk
         self._generation = generation

@@ -41,30 +41,53 @@ class Products:
         """x [N, C], records of W [R, C], bias [R] -> x W^T + bias, [N, R] float32."""
         return _plus(self._product(x, records, x.shape[1], transposed=True), bias)
 
-    def down(self, h: Tensor, records: Tensor, size: int, bias: Tensor | None = None) -> Tensor:
-        """h [N, K], records of columns [K, d = size], bias [d] -> [N, d] float32."""
-        return _plus(self._product(h, records, size, transposed=False), bias)
+    def down(
+        self,
+        h: Tensor,
+        records: Tensor,
+        size: int,
+        bias: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """h [N, K], records of columns [K, d = size], bias [d] -> [N, d] float32.
 
-    def _product(self, x: Tensor, records: Tensor, columns: int, *, transposed: bool) -> Tensor:
+        Args:
+            index: int32 [K], the records that are meant, where there are more.
+        """
+        return _plus(self._product(h, records, size, transposed=False, index=index), bias)
+
+    def _product(
+        self,
+        x: Tensor,
+        records: Tensor,
+        columns: int,
+        *,
+        transposed: bool,
+        index: Tensor | None = None,
+    ) -> Tensor:
         for dtype in (self._dtype, torch.float32):
-            weights = self._weights(records, columns, dtype)
+            weights = self._weights(records, columns, dtype, index)
             y = (x.to(dtype) @ (weights.t() if transposed else weights)).float()
             # A sum is cheaper to look at than every number, and as infinite as any of them.
             if dtype is not torch.float16 or bool(y.sum().isfinite()):
                 break
         return y
 
-    def _weights(self, records: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        """[R, columns]; gone with the next product."""
-        if self._format.dtype == "bfloat16" and dtype is torch.bfloat16:
+    def _weights(
+        self, records: Tensor, columns: int, dtype: torch.dtype, index: Tensor | None
+    ) -> Tensor:
+        """[R or K, columns]; gone with the next product."""
+        if self._format.dtype == "bfloat16" and dtype is torch.bfloat16 and index is None:
             return records.view(torch.bfloat16)
         if dtype is not self._dtype:
-            return dequantize(records, columns, self._format, dtype=dtype)
-        size = len(records) * columns
+            return dequantize(records, columns, self._format, dtype=dtype, index=index)
+        rows = len(records) if index is None else len(index)
+        size = rows * columns
         if size > self._memory.numel():
             self._memory = torch.empty(size, dtype=dtype)
-        out = self._memory[:size].view(len(records), columns)
-        return dequantize(records, columns, self._format, dtype=dtype, out=out)
+        out = self._memory[:size].view(rows, columns)
+        return dequantize(records, columns, self._format, dtype=dtype, index=index, out=out)
 
 
 def _plus(y: Tensor, bias: Tensor | None) -> Tensor:

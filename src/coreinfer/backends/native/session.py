@@ -56,13 +56,13 @@ class NativeSession:
         ahead._record(token_ids, *self._recorded.begin_ahead(len(token_ids)))
 
     def evidence(self) -> list[Evidence]:
-        return self._recorded.evidence(self._backend.weights)
+        return self._recorded.evidence(self._backend.view)
 
     @torch.no_grad()
     def select(self, selector: Selector, stand_in: StandIn | None = None) -> list[Choice]:
         stepper = self._backend.stepper
         chosen = choose(
-            self._backend.weights,
+            self._backend.view,
             self._recorded.recorders,
             self.evidence(),
             selector,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from coreinfer.backends.native.container import stored_bytes
 from coreinfer.backends.native.tensors import encode, tensor_plans
 from coreinfer.core.measures import ReadCost
 from coreinfer.kernels.formats import WeightFormat
-from coreinfer.kernels.linear import dequantize
 from coreinfer.models.mlp import fingerprint, mlp_layers
-from coreinfer.standins import StandInTerms
 
 _TABLE = WeightFormat.named("bfloat16")
 
@@ -38,7 +36,6 @@ class NativeWeights:
     tensors: Mapping[str, Tensor]
     name: str
     fingerprint: str
-    _norms: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_neurons(self) -> tuple[int, ...]:
@@ -75,21 +72,6 @@ class NativeWeights:
         size = self.format.row_bytes(self.config.hidden_size)
         parts = self.tensors[f"layers.{layer}.mlp"].view(-1, self.mlp_parts, size)
         return parts[:, part]
-
-    def down(self, layer: int) -> Tensor:
-        """W_down, [d, D] float32."""
-        return dequantize(self.mlp_part(layer, -1), self.config.hidden_size, self.format).t()
-
-    def stand_in_bytes(self, terms: StandInTerms) -> int:
-        """Bytes that decode reads for the stand-in of a layer: a float32 offset, bfloat16 maps."""
-        maps = terms.num_weights - terms.offset.numel()
-        return 4 * terms.offset.numel() + 2 * maps
-
-    def column_norms(self, layer: int) -> Tensor:
-        """|W_down[:, n]|_2 of every neuron, [D] float64; computed once a layer."""
-        if layer not in self._norms:
-            self._norms[layer] = torch.linalg.vector_norm(self.down(layer), dim=0).double()
-        return self._norms[layer]
 
     def read_cost(self) -> ReadCost:
         """Bytes that decoding a token reads: records with their scales, float32 norms and biases.
