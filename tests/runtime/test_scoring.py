@@ -9,9 +9,9 @@ from coreinfer.backends.hf.session import HfBackend
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime import scoring
-from coreinfer.runtime.generation import generate
+from coreinfer.runtime.generation import generate, prefill
 from coreinfer.runtime.sampling import SamplingParams
-from coreinfer.runtime.scoring import Pair, score
+from coreinfer.runtime.scoring import Pair, score, score_choices
 from coreinfer.selectors import Dense, Oracle, Random, Selector, Stability
 from coreinfer.standins import Linear, StandIn
 from tests.tiny import tiny_backend, tiny_model
@@ -118,3 +118,28 @@ def test_a_pair_beyond_the_context_is_refused() -> None:
     Pair.of(backend, "1234", "5678")
     with pytest.raises(UserError, match="have 9 tokens, tiny reads 8 at most"):
         Pair.of(backend, "1234", "56789")
+
+
+@pytest.mark.parametrize("stand_in", [None, Linear(rank=3)])
+@pytest.mark.parametrize("selector", [Dense(), Stability(beta=0.4), Oracle(beta=0.3)])
+def test_choices_of_one_context_score_as_if_alone(
+    selector: Selector, stand_in: StandIn | None
+) -> None:
+    backend = tiny_backend()
+    contexts = ["The quick brown fox", "One", "To be or not"]
+    choices = [[" jumps", " over the dog", " x"], [" two"], [" to be", " at all"]]
+    pairs = [
+        [Pair.of(backend, context, choice) for choice in row]
+        for context, row in zip(contexts, choices, strict=True)
+    ]
+    read = prefill(backend, [row[0].context for row in pairs], RecordingPlan.of(selector, stand_in))
+    tokens = [[pair.continuation for pair in row] for row in pairs]
+    found = score_choices(read, tokens, selector, stand_in)
+    assert len(found.selected) == 3
+    for row, scores in zip(pairs, found.scores, strict=True):
+        assert len(scores) == len(row)
+        for pair, got in zip(row, scores, strict=True):
+            (alone,) = score(backend, [pair], selector, stand_in)
+            assert got.logprob == pytest.approx(alone.logprob, abs=1e-4)
+            assert (got.num_tokens, got.greedy) == (alone.num_tokens, alone.greedy)
+            assert got.density == pytest.approx(alone.density)

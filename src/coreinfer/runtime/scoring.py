@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coreinfer.backends.base import Backend, Phase, Session
+from coreinfer.backends.base import Backend, Choice, Phase, Session
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.generation import Prefilled, prefill
@@ -83,18 +83,67 @@ def score(
     if not pairs:
         return []
     backend.check(selector)
-    continuations = [pair.continuation for pair in pairs]
     read = prefill(
         backend,
         [pair.context for pair in pairs],
         RecordingPlan.of(selector, stand_in),
         [pair.text for pair in pairs],
     )
-    if selector.needs_future:
-        read.session.look_ahead(continuations)
-    choices = read.session.select(selector, stand_in)
-    logprobs = [0.0] * len(pairs)
-    greedy = [True] * len(pairs)
+    scored = score_choices(read, [[pair.continuation] for pair in pairs], selector, stand_in)
+    return [scores[0] for scores in scored.scores]
+
+
+@dataclass(frozen=True)
+class ScoredChoices:
+    """Several continuations of each context, scored from one prefill.
+
+    Attributes:
+        selected: what was selected for each context (for its first continuation, where the rule
+            looks at the continuation).
+        scores: of each context, a score for each of its continuations.
+    """
+
+    selected: list[Choice]
+    scores: list[list[Score]]
+
+
+def score_choices(
+    read: Prefilled,
+    continuations: Sequence[Sequence[Sequence[int]]],
+    selector: Selector,
+    stand_in: StandIn | None = None,
+) -> ScoredChoices:
+    """Score one or more continuations of each context that was read, with one core set for all.
+
+    Args:
+        read: the contexts, prefilled for this selector and stand-in; its session has the core
+            neurons selected afterwards, and stays where it is.
+        continuations: of each context, at least one, none of them empty.
+        selector, stand_in: the rule, and what takes the place of the dropped neurons.
+    """
+    selected = None if selector.needs_future else read.session.select(selector, stand_in)
+    first: list[Choice] | None = selected
+    scores: list[list[Score]] = [[] for _ in continuations]
+    for column in range(max(len(row) for row in continuations)):
+        # A context with fewer continuations repeats its last one, to be dropped below.
+        tokens = [row[min(column, len(row) - 1)] for row in continuations]
+        fork = read.fork()
+        choices = selected
+        if choices is None:
+            fork.session.look_ahead(tokens)
+            choices = fork.session.select(selector, stand_in)
+            first = first or choices
+        for row, score_ in enumerate(_scores(fork, tokens, choices)):
+            if column < len(continuations[row]):
+                scores[row].append(score_)
+    return ScoredChoices(first or [], scores)
+
+
+def _scores(
+    read: Prefilled, continuations: Sequence[Sequence[int]], choices: Sequence[Choice]
+) -> list[Score]:
+    logprobs = [0.0] * len(continuations)
+    greedy = [True] * len(continuations)
     for start, logits in continuation_logits(read, continuations):
         for row, tokens in enumerate(continuations):
             here = torch.tensor(tokens[start : start + logits.shape[1]], dtype=torch.long)
