@@ -185,11 +185,15 @@ def _distributions(read: Prefilled, continuations: Sequence[Sequence[int]]) -> T
     return torch.cat(blocks, dim=1).float().log_softmax(dim=-1)
 
 
+def kl_by_token(dense: Tensor, sparse: Tensor) -> Tensor:
+    """KL(dense || sparse), nats, of log-probabilities [..., V]: [...]."""
+    return torch.nn.functional.kl_div(sparse, dense, reduction="none", log_target=True).sum(dim=-1)
+
+
 def _add(quality: Quality, dense: Tensor, sparse: Tensor, tokens: Sequence[int]) -> None:
     """One window: log-probabilities [T, V] of both, and the tokens that came [T]."""
     index = torch.tensor(list(tokens)).unsqueeze(-1)
     quality.nll.append(-float(sparse.gather(-1, index).double().mean()))
-    kl = torch.nn.functional.kl_div(sparse, dense, reduction="none", log_target=True).sum(dim=-1)
-    quality.kl.append(float(kl.double().mean()))
+    quality.kl.append(float(kl_by_token(dense, sparse).double().mean()))
     same = dense.argmax(dim=-1) == sparse.argmax(dim=-1)
     quality.agreement.append(float(same.double().mean()))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from coreinfer.backends.base import Backend
 from coreinfer.core.coreset import CoreSet
@@ -36,3 +39,28 @@ def growing_sets(
         sets.append(session.select(selector)[0].core_set)
         before = length
     return sets
+
+
+def pairwise_overlap(
+    sets: Sequence[Mapping[int, Tensor]], num_neurons: Sequence[int]
+) -> dict[int, Tensor]:
+    """The Jaccard overlap of each two core sets, a layer each: [n, n] float64, 1 with itself.
+
+    Args:
+        sets: layer -> sorted indices; all with the same layers.
+        num_neurons: D of every layer of the model.
+    """
+    found = {}
+    for layer in sorted(sets[0]):
+        members = torch.zeros(len(sets), num_neurons[layer])
+        for row, one in enumerate(sets):
+            members[row, one[layer].long()] = 1
+        shared = (members @ members.T).double()  # whole numbers below 2^24: exact
+        sizes = shared.diagonal()
+        found[layer] = shared / (sizes.unsqueeze(0) + sizes.unsqueeze(1) - shared)
+    return found
+
+
+def random_overlap(keep: float) -> float:
+    """Expected Jaccard index of two random sets that keep this fraction."""
+    return keep / (2 - keep)

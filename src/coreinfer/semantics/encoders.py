@@ -79,7 +79,7 @@ class SentenceEncoder(Encoder):
                 "the sentence encoder needs the prompt's text, and only its tokens are known; "
                 "pass the text, or use a cluster store made with the encoder 'hidden' or 'core'"
             )
-        vectors = self._network.encode(
+        vectors = self.network.encode(
             texts, convert_to_tensor=True, show_progress_bar=False, device="cpu"
         )
         # A clone, because what inference mode makes cannot take part in autograd later.
@@ -92,7 +92,12 @@ class SentenceEncoder(Encoder):
         """It looks at no layer, so it fits any model."""
 
     @cached_property
-    def _network(self) -> Any:
+    def network(self) -> Any:
+        """The loaded SentenceTransformer.
+
+        Raises:
+            UserError: if it is not installed, missing or damaged.
+        """
         if importlib.util.find_spec("sentence_transformers") is None:
             raise UserError(
                 "the sentence encoder needs sentence-transformers: pip install "
