@@ -37,6 +37,13 @@ void ci_dequantize(int path, int threads, const uint8_t* records, int64_t stride
                            out_dtype, out);
 }
 
+void ci_statistics(int path, int threads, const float* h, int64_t stride, int64_t tokens,
+                   int64_t neurons, const int64_t* tops, double* square_sum, double* unit_square_sum,
+                   double* positive_sum, int64_t* counts) {
+  kernels(path).statistics(path, threads, h, stride, tokens, neurons, tops, square_sum,
+                           unit_square_sum, positive_sum, counts);
+}
+
 void ci_linear(int path, int threads, const CiMatrix* matrix, const float* x, int32_t batch,
                float* y) {
   kernels(path).linear(path, threads, matrix, x, batch, y);

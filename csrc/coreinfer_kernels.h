@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Changes whenever a structure or a function does: the loader compares it.
-#define CI_ABI_VERSION 1
+#define CI_ABI_VERSION 2
 
 enum CiPath { CI_PORTABLE = 0, CI_AVX2 = 1, CI_AVX512 = 2 };
 enum CiDtype { CI_BFLOAT16 = 0, CI_INT8 = 1, CI_INT4 = 2, CI_FLOAT32 = 3, CI_FLOAT16 = 4 };
@@ -105,6 +105,10 @@ CI_EXPORT int ci_abi_version(void);
 // Whether this build and this processor can run a CiPath.
 CI_EXPORT int ci_supports(int path);
 
+// Regions run on the threads of an OpenMP runtime from now on: its GOMP_parallel, omp_get_thread_num
+// and omp_get_num_threads. Without this call, on threads of this library.
+CI_EXPORT void ci_use_openmp(void* parallel, void* thread_num, void* num_threads);
+
 // Tiles of records: `parts` records of `columns` weights lie part_stride apart in a source row.
 CI_EXPORT void ci_pack_rows(int threads, const uint8_t* records, int64_t stride, int64_t part_stride,
                   int32_t parts, const int32_t* index, int64_t rows, int64_t columns, int32_t dtype,
@@ -119,6 +123,13 @@ CI_EXPORT void ci_pack_down(int threads, const uint8_t* records, int64_t stride,
 CI_EXPORT void ci_dequantize(int path, int threads, const uint8_t* records, int64_t stride,
                    const int32_t* index, int64_t rows, int64_t columns, int32_t dtype,
                    int32_t group_size, int32_t out_dtype, void* out);
+
+// Adds, for each neuron and over the rows h [tokens, neurons] that lie `stride` floats apart: h^2,
+// h^2 / |h|^2 and, unless tops [neurons + 1] is null, the positive h and how often it is among the
+// tops[p] largest of the p positive ones of its row (equal ones go to the smaller index).
+CI_EXPORT void ci_statistics(int path, int threads, const float* h, int64_t stride, int64_t tokens,
+                   int64_t neurons, const int64_t* tops, double* square_sum, double* unit_square_sum,
+                   double* positive_sum, int64_t* counts);
 
 // y [batch, rows] = x [batch, columns] W^T, batch at most CI_MAX_ROWS.
 CI_EXPORT void ci_linear(int path, int threads, const CiMatrix* matrix, const float* x, int32_t batch,

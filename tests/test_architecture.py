@@ -25,7 +25,7 @@ ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "jsonl": {"errors"},
-    "core": BASICS,
+    "core": BASICS | {"kernels"},
     "kernels": {"errors"},
     "standins": BASICS | {"core"},
     "selectors": BASICS | {"core", "semantics"},
@@ -37,7 +37,7 @@ ALLOWED = {
     "api": LOWER | {"runtime"},
     "evaluation": LOWER | {"runtime", "api"},
     "tuning": LOWER | {"runtime", "api", "evaluation"},
-    "analysis": LOWER | {"runtime", "api", "evaluation"},
+    "analysis": LOWER | {"runtime", "api", "evaluation", "tuning"},
     "server": LOWER | {"runtime", "api"},
     "benchmarks": LOWER | {"runtime"},
     "cli": LOWER | {"runtime", "api", "evaluation", "tuning", "analysis", "server", "benchmarks"},
@@ -45,7 +45,7 @@ ALLOWED = {
 # Building a store prefills a corpus, so this one module stands above the rest of its package.
 ALLOWED_IN_MODULES = {"semantics.build": LOWER | {"runtime"}}
 
-OPTIONAL = {"sentence_transformers", "sklearn", "matplotlib", "llama_cpp", "openvino_genai"}
+OPTIONAL = {"sentence_transformers", "sklearn", "matplotlib", "scipy", "llama_cpp", "openvino_genai"}
 HEAVY_FOR_THE_COMMAND_LINE = {"torch", "transformers", "numpy", "safetensors", *OPTIONAL}
 
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../paths.h"
+#include "statistics.h"
 #include "step.h"
 
 namespace {
@@ -147,7 +148,7 @@ void decode(int, int threads, const CiModel* model, const CiRow* rows, int32_t b
 
 template <class S>
 constexpr coreinfer::Kernels kernels_of() {
-  return {dequantize<S>, linear<S>, mlp<S>, decode<S>};
+  return {dequantize<S>, statistics<S>, linear<S>, mlp<S>, decode<S>};
 }
 
 }  // namespace

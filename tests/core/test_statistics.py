@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coreinfer.core import statistics
-from coreinfer.core.statistics import LayerStatistics, PromptStatistics, column_sum, token_core_mask
+from coreinfer.core.statistics import LayerStatistics, PromptStatistics, token_core_mask
 
 D, HIDDEN, ALPHA = 11, 4, 0.4
 SUMS = ("positive_sum", "square_sum", "unit_square_sum", "input_sum")
@@ -80,15 +79,6 @@ def test_any_split_of_the_tokens_gives_the_same(sizes: list[int], seed: int) -> 
     whole = recorded(x, h)
     assert_same(streamed, whole)
     assert_same(merged, whole)
-
-
-def test_the_size_of_the_blocks_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, h = some_tokens(23)
-    whole = recorded(x, h)
-    for block in (1, 3 * D, 1 << 30):
-        monkeypatch.setattr(statistics, "_BLOCK", block)
-        assert_same(recorded(x, h), whole)
-        torch.testing.assert_close(column_sum(h), h.double().sum(dim=0), rtol=1e-13, atol=1e-13)
 
 
 def test_without_alpha_neither_counts_nor_their_tie_break_are_recorded() -> None:

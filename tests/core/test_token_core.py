@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coreinfer.core.statistics import _core_mask_by_sort, token_core_mask, token_core_sizes
+from coreinfer.core.statistics import token_core_mask, token_core_sizes
 from coreinfer.errors import UserError
+from coreinfer.kernels.statistics import top_mask_by_sort
 
 # Few values, so that ties are common; zeros of both signs and negatives among them.
 VALUES = st.sampled_from([-3.0, -0.5, -0.0, 0.0, 0.25, 1.0, 1.5, 2.0])
@@ -52,7 +53,8 @@ def test_mask_is_the_definition_in_every_dtype(dtype: torch.dtype) -> None:
 
 @given(activations(), ALPHAS)
 def test_the_way_of_other_devices_agrees(h: Tensor, alpha: float) -> None:
-    assert torch.equal(_core_mask_by_sort(h, alpha), token_core_mask(h, alpha))
+    sizes = token_core_sizes((h > 0).sum(dim=-1), alpha)
+    assert torch.equal(top_mask_by_sort(h, sizes), token_core_mask(h, alpha))
 
 
 def test_sizes_are_the_exact_ceiling_for_every_alpha_of_two_decimals() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coreinfer.errors import UserError
-from coreinfer.kernels.arena import Arena
+from coreinfer.kernels.arena import Arena, Mappings
 from coreinfer.kernels.formats import GROUP_SIZES, WeightFormat
 from coreinfer.kernels.packing import pack, pack_mlp
 from coreinfer.kernels.packing_twin import unpack_down, unpack_row, unpack_rows
@@ -107,6 +107,37 @@ def test_pieces_of_an_arena_are_aligned_and_apart() -> None:
         piece.fill_(number)
     for number, piece in enumerate(pieces):
         assert bool((piece == number).all())
+
+
+def test_a_mapping_is_used_again_only_when_nothing_of_it_is_left() -> None:
+    mappings = Mappings()
+
+    def taken() -> Tensor:
+        return Arena(chunk_bytes=1 << 22, mappings=mappings).take(1 << 22)
+
+    first = taken()
+    place, part = first.data_ptr(), first[100:200].view(torch.int16)
+    part.fill_(7)
+    del first
+    other = taken()
+    other.zero_()
+    assert other.data_ptr() != place
+    assert bool((part == 7).all())
+    del part
+    assert taken().data_ptr() == place
+
+
+def test_mappings_that_do_not_fit_are_given_back() -> None:
+    mappings = Mappings()
+    small = mappings.take(1 << 22)
+    del small
+    assert len(mappings._free) == 1
+    large = mappings.take(1 << 24)
+    assert not mappings._free
+    del large
+    small = mappings.take(1 << 22)  # a quarter of what is free: that would be waste
+    assert not mappings._free
+    assert len(small) == 1 << 22
 
 
 @pytest.mark.parametrize("wrong", [torch.tensor([0, 41]), torch.tensor([-1])])

@@ -8,28 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from coreinfer.errors import require_ratio
-
-# Elements of a block of rows: small enough that its float64 copy stays in the processor's cache.
-_BLOCK = 1 << 17
+from coreinfer.kernels.statistics import BLOCK, activation_sums, top_mask
 
 
 def column_sum(x: Tensor) -> Tensor:
     """The sum over the rows of x [T, n], exact to float64, [n]."""
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    for block in torch.split(x, _rows(x)):
+    for block in torch.split(x, max(1, BLOCK // x.shape[1])):
         total += block.double().sum(dim=0)
     return total
-
-
-def _rows(x: Tensor) -> int:
-    return max(1, _BLOCK // x.shape[1])
 
 
 def token_core_sizes(positives: Tensor, alpha: float) -> Tensor:
@@ -67,33 +60,13 @@ def token_core_mask(h: Tensor, alpha: float) -> Tensor:
     Raises:
         UserError: if alpha is out of range.
     """
-    h = h.detach().float()  # exact for the narrower types, and numpy has no bfloat16
-    if h.device.type == "cpu":
-        return torch.from_numpy(_core_mask(h.numpy(), alpha))
-    return _core_mask_by_sort(h, alpha)
+    return top_mask(h, _core_sizes(h.shape[-1], require_ratio("alpha", alpha)))
 
 
-def _core_mask_by_sort(h: Tensor, alpha: float) -> Tensor:
-    """`token_core_mask` as it is defined, on any device."""
-    size = token_core_sizes((h > 0).sum(dim=-1), alpha)
-    order = h.argsort(dim=-1, descending=True, stable=True)
-    first = torch.arange(h.shape[-1], device=h.device) < size.unsqueeze(-1)
-    return torch.zeros_like(first).scatter(-1, order, first)
-
-
-def _core_mask(h: NDArray[np.float32], alpha: float) -> NDArray[np.bool_]:
-    """The same on a CPU, where numpy's vectorised partial sort is twenty times faster."""
-    positives = torch.from_numpy(np.count_nonzero(h > 0, axis=-1))
-    size = token_core_sizes(positives, alpha).numpy()
-    threshold = np.full((h.shape[0], 1), np.inf, dtype=np.float32)
-    for token in np.flatnonzero(size):
-        threshold[token] = np.partition(h[token], -size[token])[-size[token]]
-    mask: NDArray[np.bool_] = h >= threshold
-    surplus = np.count_nonzero(mask, axis=-1) - size
-    for token in np.flatnonzero(surplus > 0):  # of the equal ones, those that come last go
-        tied = np.flatnonzero(h[token] == threshold[token])
-        mask[token, tied[-surplus[token] :]] = False
-    return mask
+@lru_cache(maxsize=64)
+def _core_sizes(num_neurons: int, alpha: float) -> Tensor:
+    """|C_alpha(t)| by the number of positive activations of t, 0 to D."""
+    return token_core_sizes(torch.arange(num_neurons + 1), alpha)
 
 
 @dataclass
@@ -145,24 +118,16 @@ class LayerStatistics:
         """
         if h.shape[0] == 0:
             return
-        for block in torch.split(h.detach(), _rows(h)):
-            self._add_block(block, alpha)
+        h = h.detach()
+        tops = None if alpha is None else _core_sizes(h.shape[-1], require_ratio("alpha", alpha))
+        sums = activation_sums(h, tops)
+        self.square_sum = _add(self.square_sum, sums.square_sum)
+        self.unit_square_sum = _add(self.unit_square_sum, sums.unit_square_sum)
+        if sums.counts is not None and sums.positive_sum is not None:
+            self.counts = _add(self.counts, sums.counts)
+            self.positive_sum = _add(self.positive_sum, sums.positive_sum)
         self.input_sum = _add(self.input_sum, column_sum(x.detach()))
         self.tokens += h.shape[0]
-
-    def _add_block(self, h: Tensor, alpha: float | None) -> None:
-        # float64, so that neither the order of chunks nor a square moves a near-tie
-        exact = h.to(torch.float64, copy=True)
-        squares = exact.square()
-        norms = squares.sum(dim=-1)
-        units = torch.where(norms > 0, norms.reciprocal(), 0.0)
-        square_sum, unit_square_sum = torch.stack([torch.ones_like(units), units]) @ squares
-        self.square_sum = _add(self.square_sum, square_sum)
-        self.unit_square_sum = _add(self.unit_square_sum, unit_square_sum)
-        if alpha is not None:
-            core = token_core_mask(h, alpha).sum(dim=0, dtype=torch.int32)
-            self.counts = _add(self.counts, core)
-            self.positive_sum = _add(self.positive_sum, exact.clamp_(min=0).sum(dim=0))
 
     @property
     def is_finite(self) -> bool:

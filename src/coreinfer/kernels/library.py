@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -80,9 +81,27 @@ def _load() -> ctypes.CDLL | None:
         return None
     try:
         functions = ctypes.CDLL(file)
-        return functions if functions.ci_abi_version() == ABI_VERSION else None
+        if functions.ci_abi_version() != ABI_VERSION:
+            return None
     except (OSError, AttributeError):  # built for another machine
         return None
+    _share_threads(functions)
+    return functions
+
+
+def _share_threads(functions: ctypes.CDLL) -> None:
+    """Let the kernels run on torch's own threads: a second set of them would be in its way.
+
+    The runtime is looked up through torch's library, whatever its file is called there. Where it
+    has other entry points (macOS), the kernels keep threads of their own.
+    """
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        entries = [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p) for name in names]
+    except (OSError, AttributeError):
+        return
+    functions.ci_use_openmp(*entries)
 
 
 def _find() -> str | None:

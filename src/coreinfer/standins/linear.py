@@ -76,13 +76,14 @@ def _reduced_rank_ridge(x: Spectrum, r: Tensor, ridge: float, rank: int) -> tupl
     if not energy > _ROUNDING * tokens * x.mean.square().sum():
         return r.new_zeros(r.shape[1], rank), r.new_zeros(rank, width)
     penalty = ridge * energy / tokens
-    projected = x.vectors.t() @ r  # U^T R, [S, d_r]
-    shrunk = (x.values / (x.values + penalty)).sqrt().unsqueeze(1) * projected
-    # Right singular vectors of `shrunk` by the eigenvectors of the S x S side.
-    squares, basis = torch.linalg.eigh(shrunk @ shrunk.t())
+    # With P = U^T R and w = sqrt(s / (s + lambda)): the right singular vectors of diag(w) P, by the
+    # eigenvectors of its S x S side. But for its Gram matrix, R meets thin matrices alone.
+    weights = (x.values / (x.values + penalty)).sqrt()
+    vectors = x.vectors * weights
+    squares, basis = torch.linalg.eigh(vectors.t() @ (r @ r.t()) @ vectors)
     squares, basis = squares[-rank:], basis[:, -rank:]
     # Directions without energy are left out: dividing by their rounding noise would amplify it.
     scale = torch.where(squares > 1e-12 * squares.max(), squares.clamp(min=1e-300).rsqrt(), 0.0)
-    left = (shrunk.t() @ basis) * scale  # [d_r, k], orthonormal columns (or zero)
-    dual = (projected @ left) / (x.values + penalty).unsqueeze(1)  # [S, k]
+    left = r.t() @ (vectors @ basis * scale)  # [d_r, k], orthonormal columns (or zero)
+    dual = x.vectors.t() @ (r @ left) / (x.values + penalty).unsqueeze(1)  # [S, k]
     return left, (x.vectors @ dual).t() @ x.centred  # right: [k, d_x]

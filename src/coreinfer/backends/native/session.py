@@ -61,6 +61,7 @@ class NativeSession:
     @torch.no_grad()
     def select(self, selector: Selector, stand_in: StandIn | None = None) -> list[Choice]:
         stepper = self._backend.stepper
+        self._plans = None  # its memory can serve the new ones
         chosen = choose(
             self._backend.view,
             self._recorded.recorders,
@@ -116,14 +117,16 @@ class NativeSession:
             ids = torch.tensor([token for row in part for token in row]).expand(len(part), -1)
             seen = windows.advance(owner == torch.arange(len(part)).unsqueeze(1), ids)
 
+            ends = lengths.cumsum(0)
+
             def observe(layer: int, x: Tensor, h: Tensor) -> None:
-                for recorder, window in zip(recorders, seen, strict=True):  # noqa: B023
-                    recorder.observe(layer, x[window.columns], h[window.columns], window)
+                for row, recorder in enumerate(recorders):
+                    own = slice(int(ends[row] - lengths[row]), int(ends[row]))  # noqa: B023
+                    recorder.observe(layer, x[own], h[own], seen[row])  # noqa: B023
 
             mlps = DenseMlps(decoder.weights, decoder.products, observe)
             hidden = decoder.read(part, self._caches, mlps)
-            ends = lengths.cumsum(0) - 1
-            last[lengths > 0] = hidden[ends[lengths > 0]]
+            last[lengths > 0] = hidden[ends[lengths > 0] - 1]
         return last
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coreinfer.backends.native.cache import KvCache
 from coreinfer.backends.native.weights import NativeWeights
-from coreinfer.kernels.arena import Arena
+from coreinfer.kernels.arena import Arena, Mappings
 from coreinfer.kernels.decode import decode_step
 from coreinfer.kernels.layout import Packed, PackedMlp
 from coreinfer.kernels.linear import MAX_ROWS, linear
@@ -49,6 +49,7 @@ class Stepper:
         # A neuron whose activation is exactly zero is not read.
         self._skip_zeros = skip_zeros and weights.config.activation == "relu"
         self._arena = Arena()
+        self._mappings = Mappings()  # of core neurons: each prompt's in turn
         self._dense: dict[int, PackedMlp] = {}
         self._decoder = self._pack()
 
@@ -61,7 +62,7 @@ class Stepper:
         self, layer: int, kept: Sequence[Tensor], terms: Sequence[StandInTerms] | None
     ) -> list[SparseLayer]:
         """The kept neurons [K] of each sequence; equal sets are packed, and later read, once."""
-        arena = Arena()
+        arena = Arena(mappings=self._mappings)
         packed: dict[bytes, PackedMlp] = {}
         layers = []
         for row, index in enumerate(kept):
