@@ -11,13 +11,24 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from coreinfer import __version__
-from coreinfer.cli import bench, chat, cluster, convert, generate, info, pull, score, select
+from coreinfer.cli import (
+    analyze,
+    bench,
+    chat,
+    cluster,
+    convert,
+    generate,
+    info,
+    pull,
+    score,
+    select,
+)
 from coreinfer.cli.config import expand_config
 from coreinfer.cli.terminal import warn
 from coreinfer.errors import UserError
 from coreinfer.files import describe_os_error
 
-VERBS = (generate, chat, select, cluster, score, bench, info, pull, convert)
+VERBS = (generate, chat, select, cluster, score, bench, analyze, info, pull, convert)
 
 DESCRIPTION = """\
 Decode large language models with their core neurons: the few MLP neurons that matter

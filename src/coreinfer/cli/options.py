@@ -29,10 +29,10 @@ SELECTION = (
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_MODEL
+    parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_MODEL, many: bool = False
 ) -> None:
     group = parser.add_argument_group("model")
-    add_model_option(group, default)
+    add_model_option(group, default, many=many)
     group.add_argument(
         "--backend",
         default="hf",
@@ -59,15 +59,22 @@ def add_model_options(
 
 
 def add_model_option(
-    parser: argparse._ActionsContainer, default: str | None = DEFAULT_MODEL
+    parser: argparse._ActionsContainer,
+    default: str | None = DEFAULT_MODEL,
+    *,
+    many: bool = False,
 ) -> None:
+    """`many` lets it be given several times; args.model is then a list, or None."""
     used = "none" if default is None else f"{default}, pulled when it is first used"
+    several = "; may be given several times" if many else ""
     parser.add_argument(
         "--model",
-        default=default,
+        action="append" if many else "store",
+        # A list as default would stay among what is given.
+        default=None if many else default,
         metavar="M",
-        help="a known name, a Hugging Face id, a folder with safetensors, or a .gguf file "
-        f"(default: {used})",
+        help="a known name, a Hugging Face id, a folder with safetensors, or a .gguf file"
+        f"{several} (default: {used})",
     )
 
 

@@ -53,6 +53,11 @@ def fractions(text: str) -> tuple[float, ...]:
     return tuple(number(part) for part in _parts(text))
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """ "16,64" -> (16, 64)."""
+    return tuple(whole(part) for part in _parts(text))
+
+
 def names(text: str) -> tuple[str, ...]:
     """ "int8,int4" -> ("int8", "int4"), each once."""
     return tuple(dict.fromkeys(_parts(text)))

@@ -1,0 +1,1 @@
+"""What core neurons are like: questions, each answered by numbers, figures and some text."""
