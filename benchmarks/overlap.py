@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
 
-    backend = load(args.model, on_progress=print).backend
+    backend = load(args.model, backend="hf", on_progress=print).backend
     rows, ids = read_prompts(args.prompts, backend, args.tokens, args.per_group, args.groups)
     selector = SELECTORS[args.selector](beta=args.keep)
     sets = [one for batch in in_batches(ids, 8) for one in core_sets(backend, batch, selector)]

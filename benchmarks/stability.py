@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
 
-    backend = load(args.model, on_progress=print).backend
+    backend = load(args.model, backend="hf", on_progress=print).backend
     lengths = [n for n in LENGTHS if n < args.tokens] + [args.tokens]
     texts = windows(
         backend,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from coreinfer.backends.base import Backend
 from coreinfer.core.coreset import CoreSet
-from coreinfer.errors import UserError
+from coreinfer.errors import UnsupportedModelError, UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.conversation import Conversation
 from coreinfer.runtime.generation import continue_from, generate, prefill, require_room
@@ -22,6 +22,7 @@ from coreinfer.selectors import Dense, Impact, Selector
 from coreinfer.standins import Linear, StandIn
 
 BACKENDS = ("hf", "native")
+NATIVE_DTYPES = ("int8", "int4")  # that no other backend has
 
 # What the quality tables in benchmarks/results find best at equal bytes.
 DEFAULT_SELECTOR = Impact()
@@ -205,7 +206,7 @@ class LLM:
 def load(
     model: str,
     *,
-    backend: str = "hf",
+    backend: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     threads: int | None = None,
@@ -216,9 +217,11 @@ def load(
     Args:
         model: "smollm2-135m-instruct", a Hugging Face id, a folder with safetensors, or a .gguf
             file. Weights are never unpickled and no code of a model is run.
-        backend: "hf", transformers with its MLPs rerouted, or "native", the decoder for CPUs.
-        dtype: of hf: "float32", "bfloat16" or "float16", None for float32 on a CPU; of native:
-            "bfloat16", "int8" or "int4", None for bfloat16 or what a converted folder holds.
+        backend: "native", the decoder for CPUs, which converts a model when it is first used, or
+            "hf", transformers with its MLPs rerouted. None for native on a CPU, where it knows the
+            architecture and the dtype and its kernels are built, else for hf.
+        dtype: of native: "bfloat16", "int8" or "int4", None for bfloat16 or what a converted folder
+            holds; of hf: "float32", "bfloat16" or "float16", None for float32 on a CPU.
         device: any that torch has; None for the CPU, which is all that native knows.
         threads: CPU threads for this process; None leaves them as they are.
         on_progress: told what is going on where it takes long.
@@ -226,18 +229,46 @@ def load(
     Raises:
         UserError: if the model is not found, damaged, or of an unknown architecture.
     """
-    if backend not in BACKENDS:
+    if backend not in (None, *BACKENDS):
         raise UserError(f"there is no backend {backend!r} here; there is {', '.join(BACKENDS)}")
     if threads is not None:
         _use_threads(threads)
     if backend == "native":
-        from coreinfer.backends.native.open import open_native
+        return LLM(_load_native(model, dtype, device, on_progress))
+    if backend is None and _native_serves(dtype, device):
+        try:
+            return LLM(_load_native(model, dtype, device, on_progress))
+        except UnsupportedModelError as error:
+            if dtype in NATIVE_DTYPES:
+                raise
+            on_progress(f"on the hf backend: {str(error).split('; ')[0]}")
+    return LLM(_load_hf(model, dtype, device, on_progress))
 
-        if device not in (None, "cpu"):
-            raise UserError(
-                f"the native backend computes on the CPU, not on {device!r}; use --backend hf"
-            )
-        return LLM(open_native(model, dtype=dtype, on_progress=on_progress))
+
+def _native_serves(dtype: str | None, device: str | None) -> bool:
+    from coreinfer.kernels.formats import DTYPES
+    from coreinfer.kernels.library import native
+
+    if device not in (None, "cpu") or dtype not in (None, *DTYPES):
+        return False
+    return native() is not None or dtype in NATIVE_DTYPES
+
+
+def _load_native(
+    model: str, dtype: str | None, device: str | None, on_progress: Callable[[str], None]
+) -> Backend:
+    from coreinfer.backends.native.open import open_native
+
+    if device not in (None, "cpu"):
+        raise UserError(
+            f"the native backend computes on the CPU, not on {device!r}; use --backend hf"
+        )
+    return open_native(model, dtype=dtype, on_progress=on_progress)
+
+
+def _load_hf(
+    model: str, dtype: str | None, device: str | None, on_progress: Callable[[str], None]
+) -> Backend:
     from coreinfer.backends.hf.session import HfBackend
     from coreinfer.backends.native.container import is_converted
     from coreinfer.models.loading import load as load_weights
@@ -245,7 +276,7 @@ def load(
     if is_converted(model):
         raise UserError(f"{model!r} is a converted model; use --backend native for it")
     loaded = load_weights(model, dtype=dtype, device=device, on_progress=on_progress)
-    return LLM(HfBackend(loaded.model, loaded.tokenizer, loaded.name))
+    return HfBackend(loaded.model, loaded.tokenizer, loaded.name)
 
 
 def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

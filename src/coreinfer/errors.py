@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class UnsupportedModelError(UserError):
+    """A model of an architecture that a backend does not know; another backend may."""
+
+
 def require_ratio(name: str, value: object, *, zero_ok: bool = False) -> float:
     """Return `value` as a float in (0, 1] (or [0, 1] with `zero_ok`).
 

@@ -30,6 +30,21 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def converted_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny models are converted to."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, converted_models: Path
+) -> None:
+    """Tests of real models use the user's own cache, all others one of their own."""
+    if not any(request.node.iter_markers("model")):
+        monkeypatch.setenv("COREINFER_CACHE", str(converted_models))
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     """Runs a verb; a user's mistake must be one line on stderr, with nothing on stdout."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from coreinfer.kernels.library import kernel_path
 from tests.cli.conftest import Cli, refusal
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -203,13 +204,46 @@ def test_settings_without_effect_are_pointed_out(cli: Cli, model_dir: Path) -> N
         (["--prompt", "a", "--threads", "9999"], "this machine's cores, got 9999"),
         (["--prompt", "a", "--backend", "native", "--dtype", "float32"], "use --backend hf"),
         (["--prompt", "a", "--backend", "native", "--device", "cuda"], "use --backend hf"),
-        (["--prompt", "a", "--dtype", "int4"], "use --backend native"),
+        (["--prompt", "a", "--backend", "hf", "--dtype", "int4"], "use --backend native"),
         (["--prompt", "a", "--device", "abacus"], "abacus"),
         (["--prompt", "a", "--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(cli: Cli, model_dir: Path, options: list[str], message: str) -> None:
     assert message in refusal(cli("generate", "--model", model_dir, *options))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "expected"),
+    [
+        ("llama", [], ("native", "bfloat16")),
+        ("llama", ["--dtype", "float32"], ("hf", "float32")),
+        ("opt", ["--dtype", "bfloat16"], ("native", "bfloat16")),
+        ("gpt2", [], ("hf", "float32")),
+        ("gpt2", ["--dtype", "bfloat16"], ("hf", "bfloat16")),
+    ],
+)
+def test_the_backend_is_the_fastest_that_knows_the_model(
+    cli: Cli, tmp_path: Path, family: str, options: list[str], expected: tuple[str, str]
+) -> None:
+    if kernel_path() == "twin":
+        expected = ("hf", "bfloat16" if "bfloat16" in options else "float32")
+    tiny_model(family).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    run = cli(
+        "generate", "--model", tmp_path, *options, "--prompt", "hi", "--max-new-tokens", 2, "--json"
+    )
+    record = json.loads(run.out)
+    assert (record["backend"], record["dtype"]) == expected
+
+
+def test_a_dtype_of_native_alone_is_not_answered_by_another_backend(
+    cli: Cli, tmp_path: Path
+) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    run = cli("generate", "--model", tmp_path, "--dtype", "int4", "--prompt", "hi")
+    assert "native backend does not do the architecture 'gpt2'" in refusal(run)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

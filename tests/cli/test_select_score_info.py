@@ -112,7 +112,7 @@ def test_info_on_a_model(cli: Cli, model_dir: Path) -> None:
     assert about["family"] == "llama"
     assert about["num_layers"] == 3
     assert about["num_neurons"] == [48, 48, 48]
-    assert about["mlp_bytes_per_token"] == 3 * 48 * 3 * 32 * 4
+    assert about["mlp_bytes_per_token"] == 3 * 48 * 3 * 32 * 2  # bfloat16, as native decodes
     assert about["mlp_share"] == about["mlp_bytes_per_token"] / about["dense_bytes_per_token"]
     ceiling = next(row for row in about["ceilings"] if row["keep"] == 0.4)
     share = about["mlp_share"]
@@ -121,6 +121,15 @@ def test_info_on_a_model(cli: Cli, model_dir: Path) -> None:
     text = cli("info", model_dir).out
     for part in ("family: llama", "num layers: 3", "48 in every layer", "speed-up at most"):
         assert part in text
+
+
+def test_info_converts_nothing(cli: Cli, model_dir: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COREINFER_CACHE", str(tmp_path))
+        assert cli("info", model_dir).code == 0
+        assert not list(tmp_path.iterdir())
+        wide = json.loads(cli("info", model_dir, "--dtype", "float32", "--json").out)
+    assert wide["mlp_bytes_per_token"] == 3 * 48 * 3 * 32 * 4
 
 
 def test_info_on_a_core_set_and_on_this_machine(cli: Cli, model_dir: Path, tmp_path: Path) -> None:

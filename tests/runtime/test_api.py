@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import coreinfer
 from coreinfer.api import LLM, in_batches
 from coreinfer.errors import UserError
+from coreinfer.kernels.library import kernel_path
 from coreinfer.selectors import Dense, Impact, Stability
 from coreinfer.standins import Linear
-from tests.tiny import tiny_backend
+from tests.tiny import tiny_backend, tiny_model, tiny_tokenizer
 
 
 def test_a_stream_ends_with_its_record() -> None:
@@ -74,3 +77,14 @@ def test_unknown_backends_batch_sizes_and_sampling_options_are_refused() -> None
         list(in_batches([1], 0))
     with pytest.raises(TypeError, match="heat"):
         LLM(tiny_backend()).stream("x", heat=1)
+
+
+def test_a_backend_that_does_not_know_the_model_is_passed_over_and_named(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    notes: list[str] = []
+    assert coreinfer.load(str(tmp_path), on_progress=notes.append).backend.name == "hf"
+    if kernel_path() != "twin":
+        assert any("native backend does not do the architecture 'gpt2'" in note for note in notes)
+    with pytest.raises(UserError, match="does not do the architecture 'gpt2'; use --backend hf"):
+        coreinfer.load(str(tmp_path), backend="native")

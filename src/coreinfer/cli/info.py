@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
         about = describe_converted(target, verify=args.verify)
     else:
         args.model = target
+        if args.backend is None and args.dtype not in ("int8", "int4"):
+            # To look at a model must not convert it; the sizes are those that native decodes with.
+            args.backend, args.dtype = "hf", args.dtype or "bfloat16"
         about = describe_model(args)
     if args.json:
         print(json.dumps(about))

@@ -35,16 +35,16 @@ def add_model_options(
     add_model_option(group, default, many=many)
     group.add_argument(
         "--backend",
-        default="hf",
         choices=("hf", "native"),
-        help="what runs the model: hf, transformers with its MLPs rerouted (default), or native, "
-        "the decoder for CPUs, which converts a model when it is first used",
+        help="what runs the model: native, the decoder for CPUs, which converts a model when it is "
+        "first used, or hf, transformers with its MLPs rerouted (default: native where it knows "
+        "the architecture and the dtype, else hf)",
     )
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "int8", "int4"),
-        help="number format of the weights: float32, bfloat16 or float16 on hf (default: float32 "
-        "on a CPU); bfloat16 (default), int8 or int4 on native",
+        help="number format of the weights: bfloat16 (default), int8 or int4 on native; float32 "
+        "(default on a CPU), bfloat16 or float16 on hf",
     )
     group.add_argument(
         "--device", metavar="DEV", help="torch device, such as cpu or cuda:0 (default: cpu)"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from coreinfer.errors import UserError
+from coreinfer.errors import UnsupportedModelError, UserError
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 MODEL_TYPES = (*LLAMA_LIKE, "opt")
@@ -112,7 +112,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
-            raise UserError(_unsupported(f"the architecture {self.model_type!r}"))
+            raise _unsupported(f"the architecture {self.model_type!r}")
         for name in (
             "num_layers", "hidden_size", "num_neurons", "num_heads", "num_kv_heads", "head_dim",
             "vocab_size", "context_length",
@@ -127,7 +127,7 @@ class DecoderConfig:
         if self.rope is not None and self.head_dim % 2:
             raise UserError(f"rotary positions need an even head size, got {self.head_dim}")
         if self.activation not in ACTIVATIONS.values():
-            raise UserError(_unsupported(f"the activation {self.activation!r}"))
+            raise _unsupported(f"the activation {self.activation!r}")
 
     @property
     def family(self) -> str:
@@ -182,7 +182,7 @@ class DecoderConfig:
             UserError: naming what the native backend does not do; the hf backend does it.
         """
         if config.model_type not in MODEL_TYPES:
-            raise UserError(_unsupported(f"the architecture {config.model_type!r}"))
+            raise _unsupported(f"the architecture {config.model_type!r}")
         return _opt(config) if config.model_type == "opt" else _llama(config)
 
 
@@ -191,10 +191,10 @@ def _llama(config: PreTrainedConfig) -> DecoderConfig:
     heads = config.num_attention_heads
     bias = kind != "mistral" and bool(getattr(config, "attention_bias", False))
     if kind == "llama" and config.mlp_bias:
-        raise UserError(_unsupported("a gated MLP with biases"))
+        raise _unsupported("a gated MLP with biases")
     windows = set(getattr(config, "layer_types", None) or [])
     if windows - {"full_attention", "sliding_attention"}:
-        raise UserError(_unsupported(f"the attention {', '.join(sorted(windows))}"))
+        raise _unsupported(f"the attention {', '.join(sorted(windows))}")
     window = getattr(config, "sliding_window", None)
     if windows == {"full_attention"}:
         window = None
@@ -225,11 +225,11 @@ def _llama(config: PreTrainedConfig) -> DecoderConfig:
 
 def _opt(config: PreTrainedConfig) -> DecoderConfig:
     if not config.do_layer_norm_before:
-        raise UserError(_unsupported("an OPT with norms after its layers (OPT-350m)"))
+        raise _unsupported("an OPT with norms after its layers (OPT-350m)")
     if config.word_embed_proj_dim != config.hidden_size:
-        raise UserError(_unsupported("an OPT with a projected embedding"))
+        raise _unsupported("an OPT with a projected embedding")
     if config._remove_final_layer_norm or not config.layer_norm_elementwise_affine:
-        raise UserError(_unsupported("an OPT without weights in its norms"))
+        raise _unsupported("an OPT without weights in its norms")
     heads = config.num_attention_heads
     return DecoderConfig(
         model_type="opt",
@@ -259,9 +259,9 @@ def _rope(config: PreTrainedConfig) -> Rope:
     values: Mapping[str, Any] = config.rope_parameters
     kind = values.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):
-        raise UserError(_unsupported(f"the rope scaling {kind!r}"))
+        raise _unsupported(f"the rope scaling {kind!r}")
     if values.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(_unsupported("rotary positions on a part of each head"))
+        raise _unsupported("rotary positions on a part of each head")
     rope = Rope(float(values["rope_theta"]))
     if kind == "default":
         return rope
@@ -279,7 +279,7 @@ def _rope(config: PreTrainedConfig) -> Rope:
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise UserError(_unsupported(f"the activation {name!r}"))
+        raise _unsupported(f"the activation {name!r}")
     return ACTIVATIONS[name]
 
 
@@ -287,8 +287,8 @@ def _bos(config: PreTrainedConfig) -> int | None:
     return config.bos_token_id if isinstance(config.bos_token_id, int) else None
 
 
-def _unsupported(what: str) -> str:
-    return (
+def _unsupported(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
         f"the native backend does not do {what}; use --backend hf "
         f"(native does {', '.join(MODEL_TYPES)})"
     )
