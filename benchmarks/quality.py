@@ -84,7 +84,7 @@ class Worker:
 
     def __init__(self, args: argparse.Namespace) -> None:
         store = None if args.clusters is None else ClusterStore.load(args.clusters)
-        self.backend = load(args.model, threads=args.threads).backend
+        self.backend = load(args.model, backend="hf", threads=args.threads).backend
         self.settings = settings(args.rules, args.stand_ins, args.keeps, args.dense_layers, store)
 
     @classmethod
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
 
-    backend = load(args.model, threads=args.threads, on_progress=print).backend
+    backend = load(args.model, backend="hf", threads=args.threads, on_progress=print).backend
     texts = windows(
         backend,
         args.text.read_text(encoding="utf-8"),
