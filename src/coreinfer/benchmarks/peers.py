@@ -110,10 +110,12 @@ class LlamaCpp:
         return gguf_of(target, form, folder)
 
     def open(self, job: Job) -> Engine:
-        return _LlamaCppEngine(job)
+        return LlamaCppEngine(job)
 
 
-class _LlamaCppEngine:
+class LlamaCppEngine:
+    """One GGUF file in llama.cpp."""
+
     def __init__(self, job: Job) -> None:
         import llama_cpp
 
@@ -150,6 +152,11 @@ class _LlamaCppEngine:
 
     def decode(self, token_id: int) -> None:
         self._decode([token_id])
+
+    def logits(self) -> torch.Tensor:
+        """After the last token that was read, [V]."""
+        pointer = self._llama.llama_get_logits(self._context)
+        return torch.tensor(pointer[: self.vocab_size])
 
     def about(self) -> About:
         return self._about
