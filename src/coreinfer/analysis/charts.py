@@ -116,8 +116,9 @@ def _errors(part: Table, chart: Chart, heights: Sequence[float]) -> list[list[fl
     if chart.low is None or chart.high is None:
         return None
     lows, highs = _numbers(part.column(chart.low)), _numbers(part.column(chart.high))
-    below = [y - low for y, low in zip(heights, lows, strict=True)]
-    above = [high - y for y, high in zip(heights, highs, strict=True)]
+    # A mean of equal numbers may be off by its rounding; a NaN (no end) stays one.
+    below = [max(y - low, 0.0) for y, low in zip(heights, lows, strict=True)]
+    above = [max(high - y, 0.0) for y, high in zip(heights, highs, strict=True)]
     return [below, above]
 
 
