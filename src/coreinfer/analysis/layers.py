@@ -16,13 +16,14 @@ from coreinfer.evaluation.overlap import core_sets, growing_sets, random_overlap
 from coreinfer.tuning.budgets import Curve, allocate
 
 RULES = ("stability", "impact")
+BUDGETS = ("equal", "half way", "by layer")
 NEXT = 64  # tokens that follow: what decoding will need
 METHOD = (
     "By layer: the overlap (Jaccard) of the core set of a prompt with that of its longest version, "
     f"and with that of the {NEXT} tokens that follow it, which is what decoding needs. Then the "
     "error of each layer: KL to dense with that layer alone sparse. From these errors, measured "
-    "on half of the windows, budgets are given out so that their sum is that of equal ones; both "
-    "are then compared on the other half, at the same bytes."
+    "on half of the windows, budgets are given out so that their sum is that of equal ones. They, "
+    "equal ones and the means of both (half way) are compared on the other half, at the same bytes."
 )
 
 
@@ -182,12 +183,12 @@ def budgets_compared(
     settings: dict[str, Setting] = {}
     for keep in keeps:
         settings[f"{keep}/equal"] = materials.setting("impact", keep)
+        half_way = {layer: (share + keep) / 2 for layer, share in budgets[keep].items()}
+        settings[f"{keep}/half way"] = materials.setting("impact", keep, budgets=half_way)
         settings[f"{keep}/by layer"] = materials.setting("impact", keep, budgets=budgets[keep])
     materials.on_progress("layers: equal budgets against budgets by layer")
     measured = materials.measure(windows, settings)
-    return budgets, {
-        keep: {kind: measured[f"{keep}/{kind}"] for kind in ("equal", "by layer")} for keep in keeps
-    }
+    return budgets, {keep: {kind: measured[f"{keep}/{kind}"] for kind in BUDGETS} for keep in keeps}
 
 
 def given_out(
@@ -241,8 +242,10 @@ def findings(
         f"{sum(kl for kl, _ in top) / total if total else 0:.0%} of the sum of all layers' errors."
     )
     for keep, by_kind in compared.items():
-        a, b = by_kind["by layer"], by_kind["equal"]
-        yield (
-            f"Mean keep {keep:g}: KL {fmean(b.kl):.3f} with equal budgets, {fmean(a.kl):.3f} by "
-            f"layer; the difference is {difference(a.kl, b.kl)}."
-        )
+        equal = by_kind["equal"].kl
+        for kind in BUDGETS[1:]:
+            kl = by_kind[kind].kl
+            yield (
+                f"Mean keep {keep:g}: KL {fmean(equal):.3f} with equal budgets, {fmean(kl):.3f} "
+                f"{kind}; the difference is {difference(kl, equal)}."
+            )
