@@ -191,7 +191,8 @@ def kl_by_token(dense: Tensor, sparse: Tensor) -> Tensor:
 
 
 def _add(quality: Quality, dense: Tensor, sparse: Tensor, tokens: Sequence[int]) -> None:
-    """One window: log-probabilities [T, V] of both, and the tokens that came [T]."""
+    """One window: log-probabilities [T, V] of both, and the tokens that came, T or fewer."""
+    dense, sparse = dense[: len(tokens)], sparse[: len(tokens)]
     index = torch.tensor(list(tokens)).unsqueeze(-1)
     quality.nll.append(-float(sparse.gather(-1, index).double().mean()))
     quality.kl.append(float(kl_by_token(dense, sparse).double().mean()))
