@@ -8,16 +8,13 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 
 from coreinfer import __version__
 from coreinfer.files import replace_when_done
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def provenance(module: str) -> dict[str, Any]:
@@ -42,16 +39,6 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     with replace_when_done(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def write_png(path: Path, figure: Figure) -> None:
-    """Save a figure, and let go of it."""
-    from matplotlib import pyplot as plt
-
-    figure.tight_layout()
-    with replace_when_done(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
-    plt.close(figure)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -83,7 +83,8 @@ def test_help_needs_no_heavy_import() -> None:
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], *([v, "--help"] for v in (
-    "generate", "chat", "select", "cluster", "score", "info", "pull", "convert"))])  # fmt: skip
+    "generate", "chat", "select", "cluster", "score", "analyze", "info", "pull", "convert",
+))])  # fmt: skip
 def test_help_is_printed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(argv)

@@ -195,7 +195,7 @@ def _answer(
     clusters = materials.clusters
     asked: dict[str, Any] = {
         "question": question.name,
-        "version": __version__,
+        "version": [__version__, _code()],
         "model": None
         if backend is None
         else [backend.model_name, backend.fingerprint, backend.name, backend.dtype],
@@ -233,6 +233,14 @@ def _answer(
     with replace_when_done(file) as partial:
         partial.write_text(section.to_json(), encoding="utf-8")
     return section
+
+
+def _code() -> str:
+    """Changes with the code of the questions, so that no answer outlives the way it was got."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _in_order(sections: Sequence[Section], questions: Sequence[Question]) -> list[Section]:
