@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from coreinfer.calibration.store import CalibrationStore
 from coreinfer.core.statistics import LayerStatistics, PromptStatistics
 from coreinfer.errors import UserError
 from coreinfer.selectors.base import Selector
@@ -24,12 +25,17 @@ class RecordingPlan:
         count_bos: let the beginning-of-sequence token count like any other.
         halves: keep the two halves of the prompt apart.
         sample_tokens: tokens to keep for a stand-in at most; 0 keeps sums only, None nothing.
+        calibration: whose predictions' residuals are summed; None sums none.
+        observer: shown each layer's counted tokens, (layer, x [n, d], h [n, D]), a sequence at a
+            time; without a BOS token unless that counts.
     """
 
     alpha: float | None = None
     count_bos: bool = False
     halves: bool = False
     sample_tokens: int | None = None
+    calibration: CalibrationStore | None = None
+    observer: Callable[[int, Tensor, Tensor], None] | None = None
 
     @classmethod
     def of(cls, selector: Selector, stand_in: StandIn | None = None) -> RecordingPlan:
@@ -39,6 +45,7 @@ class RecordingPlan:
             count_bos=selector.count_bos,
             halves=selector.needs_halves,
             sample_tokens=None if stand_in is None else stand_in.sample_tokens,
+            calibration=selector.recorded_calibration,
         )
 
     def covers(self, other: RecordingPlan) -> bool:
@@ -47,6 +54,8 @@ class RecordingPlan:
             other.alpha in (None, self.alpha)
             and other.count_bos == self.count_bos
             and (self.halves or not other.halves)
+            and other.calibration in (None, self.calibration)
+            and other.observer in (None, self.observer)
             and (
                 other.sample_tokens is None
                 or (self.sample_tokens is not None and self.sample_tokens >= other.sample_tokens)
@@ -91,16 +100,24 @@ class PromptRecorder:
             sink = int(window.start == 0)
             self._first[layer].update(x[:sink], h[:sink], positions[:sink])
             self._samples[layer].update(x[sink:], h[sink:], positions[sink:])
-        start, alpha = window.start, self.plan.alpha
+        start = window.start
         if window.bos and not self.plan.count_bos:
-            self._parts[0].bos[layer].update(x[:1], h[:1], alpha)
+            self._add(self._parts[0].bos[layer], layer, x[:1], h[:1])
             x, h, start = x[1:], h[1:], start + 1
+        if self.plan.observer is not None and x.shape[0]:
+            self.plan.observer(layer, x.detach(), h.detach())
         if self.plan.halves:
             cut = min(max(window.middle - start, 0), x.shape[0])
-            self._parts[0].layers[layer].update(x[:cut], h[:cut], alpha)
-            self._parts[1].layers[layer].update(x[cut:], h[cut:], alpha)
+            self._add(self._parts[0].layers[layer], layer, x[:cut], h[:cut])
+            self._add(self._parts[1].layers[layer], layer, x[cut:], h[cut:])
         else:
-            self._parts[0].layers[layer].update(x, h, alpha)
+            self._add(self._parts[0].layers[layer], layer, x, h)
+
+    def _add(self, statistics: LayerStatistics, layer: int, x: Tensor, h: Tensor) -> None:
+        statistics.update(x, h, self.plan.alpha)
+        if self.plan.calibration is not None and x.shape[0]:
+            prediction = self.plan.calibration.predictions[layer]
+            statistics.update_residual(prediction.residual(x, h))
 
     def statistics(self) -> list[LayerStatistics]:
         """Of the whole prompt, as selection counts it.

@@ -69,7 +69,7 @@ def test_the_help_names_the_default_that_the_code_has(option: str, default: floa
     # These options are None where they are not given: the code's own default then counts.
     text = generate_action(option).help
     assert text is not None
-    (named,) = re.findall(r"\(default: ([0-9.]*[0-9])", text)
+    (named, *_) = re.findall(r"\(default: ([0-9.]*[0-9])", text)
     assert float(named) == default
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from coreinfer.errors import UserError
 from coreinfer.selectors import Evidence
 from coreinfer.semantics import build as build_module
+from coreinfer.semantics import reading as reading_module
 from coreinfer.semantics import work as work_module
 from coreinfer.semantics.clustering import cosines
 from coreinfer.semantics.encoders import CoreEncoder, Encoder, HiddenEncoder
@@ -103,7 +104,7 @@ def test_the_window_of_documents_held_changes_no_count(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = build(tiny_backend(), corpus, tmp_path / "store", k=1)
-    monkeypatch.setattr(build_module, "WINDOW", 7)
+    monkeypatch.setattr(reading_module, "WINDOW", 7)
     other = build(tiny_backend(), corpus, tmp_path / "store", k=1, batch_size=3)
     assert all(torch.equal(a, b) for a, b in zip(one.counts, other.counts, strict=True))
 

@@ -33,7 +33,7 @@ def problem(tokens: int, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Ten
 def fit(stand_in: Linear | Mean, x: Tensor, h: Tensor, down: Tensor) -> StandInTerms:
     sample = LayerSample(capacity=max(stand_in.sample_tokens, 0))
     sample.update(x, h, torch.arange(1, x.shape[0] + 1))
-    return stand_in.fit(sample, DenseDown(down), DROPPED)
+    return stand_in.fit(0, sample, DenseDown(down), DROPPED)
 
 
 def map_of(terms: StandInTerms) -> np.ndarray:
@@ -270,11 +270,11 @@ def test_the_spectrum_of_a_prompt_serves_every_selection() -> None:
     x, h, down = problem(12)
     sample = LayerSample(capacity=256)
     sample.update(x[:7], h[:7], torch.arange(7))
-    Linear(rank=2).fit(sample, DenseDown(down), DROPPED)
+    Linear(rank=2).fit(0, sample, DenseDown(down), DROPPED)
     assert sample.spectrum() is sample.spectrum()
     sample.update(x[7:], h[7:], torch.arange(7, 12))  # more of the prompt: it no longer holds
     assert sample.spectrum().centred.shape[0] == 12
-    grown = Linear(rank=2).fit(sample, DenseDown(down), DROPPED)
+    grown = Linear(rank=2).fit(0, sample, DenseDown(down), DROPPED)
     np.testing.assert_allclose(
         map_of(grown), map_of(fit(Linear(rank=2), x, h, down)), rtol=1e-5, atol=1e-6
     )

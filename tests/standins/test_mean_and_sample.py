@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coreinfer.standins import STAND_INS, DenseDown, LayerSample, Linear, Mean, StandIn
+from coreinfer.standins import (
+    STAND_INS,
+    Calibrated,
+    DenseDown,
+    LayerSample,
+    Linear,
+    Mean,
+    StandIn,
+)
 
 D, HIDDEN = 8, 3
 
@@ -72,7 +80,7 @@ def test_the_mean_is_that_of_the_dropped_part_over_all_tokens(sizes: list[int]) 
     _, h, _ = some_tokens(sum(sizes))
     expected = (h[:, dropped].double() @ down[:, dropped].double().T).mean(dim=0).float()
     for capacity in (0, 2):  # all tokens, whatever is sampled beside
-        terms = Mean().fit(sampled(capacity, sizes), DenseDown(down), dropped)
+        terms = Mean().fit(0, sampled(capacity, sizes), DenseDown(down), dropped)
         torch.testing.assert_close(terms.offset, expected)
         assert terms.left is None
         assert terms.right is None
@@ -82,7 +90,7 @@ def test_the_mean_is_that_of_the_dropped_part_over_all_tokens(sizes: list[int]) 
 @pytest.mark.parametrize("stand_in", [Mean(), Linear()])
 def test_dropping_nothing_adds_nothing(stand_in: StandIn) -> None:
     down = torch.randn(HIDDEN, D, generator=torch.Generator().manual_seed(1))
-    terms = stand_in.fit(sampled(9, [9]), DenseDown(down), torch.empty(0, dtype=torch.long))
+    terms = stand_in.fit(0, sampled(9, [9]), DenseDown(down), torch.empty(0, dtype=torch.long))
     assert not terms.offset.any()
     if terms.left is not None and terms.right is not None:
         assert not (terms.left @ terms.right).any()
@@ -91,11 +99,11 @@ def test_dropping_nothing_adds_nothing(stand_in: StandIn) -> None:
 @pytest.mark.parametrize("stand_in", [Mean(), Linear()])
 def test_no_token_at_all_is_a_callers_mistake(stand_in: StandIn) -> None:
     with pytest.raises(ValueError, match="no token"):
-        stand_in.fit(LayerSample(4), DenseDown(torch.ones(HIDDEN, D)), torch.tensor([0]))
+        stand_in.fit(0, LayerSample(4), DenseDown(torch.ones(HIDDEN, D)), torch.tensor([0]))
 
 
 def test_stand_ins_are_registered_by_their_names() -> None:
-    assert dict(STAND_INS) == {"mean": Mean, "linear": Linear}
+    assert dict(STAND_INS) == {"mean": Mean, "linear": Linear, "calibrated": Calibrated}
     assert all(name == kind.name for name, kind in STAND_INS.items())
 
 

@@ -111,8 +111,8 @@ class Backend(Protocol):
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
 
-    def check(self, selector: Selector) -> None:
-        """Raises UserError if the selector does not fit this model."""
+    def check(self, selector: Selector, stand_in: StandIn | None = None) -> None:
+        """Raises UserError if the selector or the stand-in does not fit this model."""
         ...
 
     def start(self, plan: RecordingPlan) -> Session:

@@ -43,6 +43,13 @@ class ModelView(Protocol):
         ...
 
 
+def check(model: ModelView, selector: Selector, stand_in: StandIn | None = None) -> None:
+    """Raises UserError if the selector or the stand-in does not fit the model."""
+    selector.check(model.num_neurons, model.fingerprint, model.name)
+    if stand_in is not None:
+        stand_in.check(model.fingerprint, model.name)
+
+
 @dataclass(frozen=True)
 class Chosen(Generic[Compact]):
     """The outcome for a batch: one choice a sequence, and the compact layers of all of them."""
@@ -101,7 +108,7 @@ def choose(
     Raises:
         UserError: if the selector does not fit the model.
     """
-    selector.check(model.num_neurons, model.fingerprint, model.name)
+    check(model, selector, stand_in)
     asked, recorded = RecordingPlan.of(selector, stand_in), recorders[0].plan
     if not recorded.covers(asked):
         raise ValueError(f"the prefill recorded {recorded}, selection needs {asked}")
@@ -116,7 +123,7 @@ def choose(
         if stand_in is not None:
             down = model.down(layer)
             terms = [
-                stand_in.fit(recorder.sample(layer), down, _others(index, size))
+                stand_in.fit(layer, recorder.sample(layer), down, _others(index, size))
                 for recorder, index in zip(recorders, kept, strict=True)
             ]
             for row, term in enumerate(terms):

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coreinfer.cli import options
+from coreinfer.cli import options, sampling
 from coreinfer.cli.generate import summary
 from coreinfer.cli.terminal import note, warn
 from coreinfer.errors import UserError
@@ -42,7 +42,7 @@ def add_parser(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the template's)")
-    options.add_sampling_options(parser)
+    sampling.add_sampling_options(parser)
     options.add_selection_options(parser)
     options.add_stand_in_options(parser)
     options.add_model_options(parser)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.runtime.sampling import SamplingParams
 
     selector, stand_in = options.selector_from(args), options.stand_in_from(args)
-    params = SamplingParams(**options.sampling_from(args))
+    params = SamplingParams(**sampling.sampling_from(args))
     llm = options.load_model(args)
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
     chat = Chat(

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from coreinfer.cli import options
+from coreinfer.cli import options, sampling
 from coreinfer.cli.terminal import Skipped, megabytes, note, progress
 from coreinfer.cli.values import whole
 from coreinfer.errors import UserError, require_whole
@@ -44,7 +44,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a prompt instead of the text"
     )
-    options.add_sampling_options(parser)
+    sampling.add_sampling_options(parser)
     options.add_selection_options(parser)
     options.add_stand_in_options(parser)
     options.add_model_options(parser)
@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
     require_whole("the batch size", args.batch_size, 1)
     selection = {"selector": options.selector_from(args), "stand_in": options.stand_in_from(args)}
-    sampling = options.sampling_from(args)
-    SamplingParams(**sampling)  # refuses what is out of range before the model is loaded
-    shared = {"raw": args.raw, **selection, **sampling}
+    answer = sampling.sampling_from(args)
+    SamplingParams(**answer)  # refuses what is out of range before the model is loaded
+    shared = {"raw": args.raw, **selection, **answer}
     if args.prompts is not None:
         return _answer_file(args, shared)
     prompt = options.prompt_from(args)

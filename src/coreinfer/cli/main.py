@@ -14,6 +14,7 @@ from coreinfer import __version__
 from coreinfer.cli import (
     analyze,
     bench,
+    calibrate,
     chat,
     cluster,
     convert,
@@ -28,7 +29,7 @@ from coreinfer.cli.terminal import warn
 from coreinfer.errors import UserError
 from coreinfer.files import describe_os_error
 
-VERBS = (generate, chat, select, cluster, score, bench, analyze, info, pull, convert)
+VERBS = (generate, chat, select, cluster, calibrate, score, bench, analyze, info, pull, convert)
 
 DESCRIPTION = """\
 Decode large language models with their core neurons: the few MLP neurons that matter

@@ -12,19 +12,21 @@ from coreinfer.errors import UserError, require_ratio
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; --help must not
     from coreinfer.api import LLM
+    from coreinfer.calibration.store import CalibrationStore
     from coreinfer.selectors import Selector
     from coreinfer.standins import StandIn
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 SELECTOR_NAMES = (
-    "dense", "stability", "similarity", "auto", "impact", "griffin", "static", "random", "oracle",
+    "dense", "stability", "similarity", "auto", "impact", "griffin", "residual", "static",
+    "random", "oracle",
 )  # fmt: skip
-STAND_IN_NAMES = ("none", "mean", "linear")
+STAND_IN_NAMES = ("none", "mean", "linear", "calibrated")
 
 # Options of the selection, by the field they set: what is given but not used is pointed out.
 SELECTION = (
-    "alpha", "beta", "gamma", "dense_layers", "budgets", "count_bos", "clusters", "mode",
-    "prior_tokens", "min_stability", "min_similarity", "seed",
+    "alpha", "beta", "gamma", "dense_layers", "budgets", "count_bos", "clusters", "calibration",
+    "mode", "prior_tokens", "min_stability", "min_similarity", "seed",
 )  # fmt: skip
 
 
@@ -94,8 +96,9 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         choices=SELECTOR_NAMES,
         help="the rule. impact: largest contribution |h| * |W_down column| (default); stability: "
         "the prompt's most counted neurons (the paper's rule); similarity: those of the nearest "
-        "cluster of a corpus; auto: a blend of these two; griffin: normalised |h|; controls: "
-        "static (one set for all), random, oracle (from the answer itself); dense: all neurons",
+        "cluster of a corpus; auto: a blend of these two; griffin: normalised |h|; residual: "
+        "what a calibration cannot predict of a neuron; controls: static (one set for all), "
+        "random, oracle (from the answer itself); dense: all neurons",
     )
     group.add_argument(
         "--alpha",
@@ -135,6 +138,12 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         help="cluster store, made by 'coreinfer cluster'; needed by similarity, auto and static",
     )
     group.add_argument(
+        "--calibration",
+        metavar="STORE",
+        help="calibration store, made by 'coreinfer calibrate'; needed by residual and by "
+        "--stand-in calibrated, and enough for static",
+    )
+    group.add_argument(
         "--count-bos",
         action="store_true",
         default=None,
@@ -147,7 +156,8 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--prior-tokens",
         type=whole,
         metavar="N",
-        help="auto: tokens of prompt that outweigh the cluster, from 1 (default: 64)",
+        help="tokens of prompt that outweigh the corpus, for auto from 1 (default: 64), for "
+        "residual from 0 (default: 200)",
     )
     group.add_argument(
         "--min-stability",
@@ -182,16 +192,21 @@ def add_stand_in_options(parser: argparse.ArgumentParser) -> None:
         default="linear",
         choices=STAND_IN_NAMES,
         help="linear: a low-rank linear map of the MLP's input, fitted on the prompt (default); "
-        "mean: their mean over the prompt; none: they are dropped, as in the paper",
+        "calibrated: what the calibration predicts of them, corrected on the prompt; mean: their "
+        "mean over the prompt; none: they are dropped, as in the paper",
     )
     group.add_argument(
-        "--rank", type=whole, metavar="R", help="rank of the linear map, from 1 (default: 32)"
+        "--rank",
+        type=whole,
+        metavar="R",
+        help="rank of the linear map, from 1 (default: 32; calibrated: 64)",
     )
     group.add_argument(
         "--ridge",
         type=number,
         metavar="C",
-        help="its penalty, relative to the size of the inputs, above 0 (default: 0.3)",
+        help="its penalty, relative to the size of the inputs, above 0 (default: 0.3; "
+        "calibrated: 3)",
     )
 
 
@@ -207,65 +222,6 @@ def add_prompt_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
         group.add_argument(
             "--prompts", metavar="FILE", help='JSONL file of prompts, {"prompt": ...} a line'
         )
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("answer")
-    group.add_argument(
-        "--max-new-tokens",
-        type=whole,
-        default=128,
-        metavar="N",
-        help="tokens to generate at most, from 1 (default: %(default)s)",
-    )
-    group.add_argument(
-        "--temperature",
-        type=number,
-        default=0.0,
-        metavar="T",
-        help="0 is greedy (default); above 0 samples",
-    )
-    group.add_argument(
-        "--top-k",
-        type=whole,
-        default=0,
-        metavar="K",
-        help="sample among the K likeliest tokens; 0 is all (default)",
-    )
-    group.add_argument(
-        "--top-p",
-        type=number,
-        default=1.0,
-        metavar="P",
-        help="sample among the likeliest tokens that hold P of the probability, above 0 to 1 "
-        "(default: 1)",
-    )
-    group.add_argument(
-        "--min-p",
-        type=number,
-        default=0.0,
-        metavar="P",
-        help="sample among the tokens at least P times as likely as the likeliest, 0 (all, the "
-        "default) to 1",
-    )
-    group.add_argument(
-        "--repetition-penalty",
-        type=number,
-        default=1.0,
-        metavar="R",
-        help="above 1 makes tokens that are in the prompt or the answer already less likely, below "
-        "1 (and above 0) likelier; counts in greedy decoding too (default: 1, none)",
-    )
-    group.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the answer before this text; may be given several times",
-    )
-    group.add_argument(
-        "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
-    )
 
 
 def load_model(args: argparse.Namespace) -> LLM:
@@ -311,14 +267,22 @@ def selector_from(args: argparse.Namespace) -> Selector:
     takes: dict[str, Any] = {field.name: field for field in fields(rule)}
     if rule.keep_name != "beta":
         del takes["beta"]  # a rule with a name of its own for the fraction it keeps
+    if "calibration" in takes:
+        given["calibration"] = calibration_from(args, f"--selector {args.selector}")
     if "clusters" in takes:
-        if "clusters" not in given:
+        if "clusters" in given:
+            given["clusters"] = ClusterStore.load(given["clusters"])
+        elif args.selector == "static" and "calibration" in given:  # it too has the corpus' counts
+            given["clusters"] = calibration_from(args, "--selector static")
+        else:
             raise UserError(
                 f"--selector {args.selector} needs --clusters STORE, made by 'coreinfer cluster'"
             )
-        given["clusters"] = ClusterStore.load(given["clusters"])
+    if getattr(args, "stand_in", None) == "calibrated" or args.selector == "static":
+        takes.setdefault("calibration", None)  # it is of use, though not to the rule
     _point_out(given.keys() - takes.keys() - {"seed"}, f"--selector {args.selector}")
-    return rule(**{name: value for name, value in given.items() if name in takes})
+    known = rule.__dataclass_fields__
+    return rule(**{name: value for name, value in given.items() if name in takes and name in known})
 
 
 def stand_in_from(args: argparse.Namespace) -> StandIn | None:
@@ -329,29 +293,34 @@ def stand_in_from(args: argparse.Namespace) -> StandIn | None:
     """
     from coreinfer.standins import STAND_INS
 
-    given = {name: v for name in ("rank", "ridge") if (v := getattr(args, name)) is not None}
+    given: dict[str, Any] = {
+        name: value for name in ("rank", "ridge") if (value := getattr(args, name)) is not None
+    }
     if args.stand_in == "none":
         _point_out(set(given), "--stand-in none")
         return None
     made = STAND_INS[args.stand_in]
     takes = {field.name for field in fields(made)}
+    if "calibration" in takes:
+        given["calibration"] = calibration_from(args, f"--stand-in {args.stand_in}")
     _point_out(given.keys() - takes, f"--stand-in {args.stand_in}")
     return made(**{name: value for name, value in given.items() if name in takes})
 
 
-def sampling_from(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling options, as fields of `SamplingParams`."""
-    return {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "repetition_penalty": args.repetition_penalty,
-        "seed": args.seed,
-        "stop": tuple(args.stop),
-        "ignore_eos": args.ignore_eos,
-    }
+def calibration_from(args: argparse.Namespace, why: str) -> CalibrationStore:
+    """The store of --calibration, which `why` needs; opened once.
+
+    Raises:
+        UserError: if it is not given, missing or damaged.
+    """
+    from coreinfer.calibration.store import CalibrationStore
+
+    if args.calibration is None:
+        raise UserError(f"{why} needs --calibration STORE, made by 'coreinfer calibrate'")
+    if not isinstance(args.calibration, CalibrationStore):
+        args.calibration = CalibrationStore.load(args.calibration)
+    store: CalibrationStore = args.calibration
+    return store
 
 
 def prompt_from(args: argparse.Namespace) -> str:

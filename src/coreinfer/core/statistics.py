@@ -81,6 +81,7 @@ class LayerStatistics:
         unit_square_sum: sum of (h / |h|_2)^2, as in GRIFFIN (arXiv 2404.01365); [D] float64.
         input_sum: sum of the MLP's input x; [d] float64.
         tokens: number of tokens summed over.
+        residual_sum: sum of (h - its prediction from x)^2; [D] float64; None unless recorded.
     """
 
     counts: Tensor
@@ -89,6 +90,7 @@ class LayerStatistics:
     unit_square_sum: Tensor
     input_sum: Tensor
     tokens: float = 0
+    residual_sum: Tensor | None = None
 
     @classmethod
     def zeros(cls, num_neurons: int, hidden_size: int) -> LayerStatistics:
@@ -129,6 +131,12 @@ class LayerStatistics:
         self.input_sum = _add(self.input_sum, column_sum(x.detach()))
         self.tokens += h.shape[0]
 
+    def update_residual(self, residual: Tensor) -> None:
+        """Add what a prediction has left of the activations of tokens, shape [T, D]."""
+        if residual.shape[0]:
+            square_sum = activation_sums(residual.detach(), None).square_sum
+            self.residual_sum = _sum_of(self.residual_sum, square_sum)
+
     @property
     def is_finite(self) -> bool:
         """Whether every activation was a finite number."""
@@ -142,6 +150,7 @@ class LayerStatistics:
             unit_square_sum=self.unit_square_sum + other.unit_square_sum,
             input_sum=self.input_sum + other.input_sum,
             tokens=self.tokens + other.tokens,
+            residual_sum=_sum_of(self.residual_sum, other.residual_sum),
         )
 
     def scaled(self, weight: float) -> LayerStatistics:
@@ -153,11 +162,19 @@ class LayerStatistics:
             unit_square_sum=self.unit_square_sum * weight,
             input_sum=self.input_sum * weight,
             tokens=self.tokens * weight,
+            residual_sum=None if self.residual_sum is None else self.residual_sum * weight,
         )
 
 
 def _add(total: Tensor, term: Tensor) -> Tensor:
     return total + term.to(total.device)
+
+
+def _sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """None is a sum of nothing."""
+    if a is None or b is None:
+        return b if a is None else a
+    return _add(a, b)
 
 
 @dataclass

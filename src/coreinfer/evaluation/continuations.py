@@ -136,7 +136,7 @@ def measure(
     """
     everything = {"dense": Setting(Dense()), **settings}
     for setting in everything.values():
-        backend.check(setting.selector)
+        backend.check(setting.selector, setting.stand_in)
     plan = widest(everything.values())
     looks_ahead = any(setting.selector.needs_future for setting in everything.values())
     results = {name: Quality() for name in everything}
@@ -170,12 +170,16 @@ def widest(settings: Iterable[Setting]) -> RecordingPlan:
     alphas = {plan.alpha for plan in plans if plan.alpha is not None}
     if len(alphas) > 1 or len({plan.count_bos for plan in plans}) > 1:
         raise UserError(f"settings measured together must share one alpha, got {sorted(alphas)}")
+    calibrations = [plan.calibration for plan in plans if plan.calibration is not None]
+    if len({id(calibration) for calibration in calibrations}) > 1:
+        raise UserError("settings measured together must share one calibration store")
     samples = [plan.sample_tokens for plan in plans if plan.sample_tokens is not None]
     return RecordingPlan(
         alpha=next(iter(alphas), None),
         count_bos=plans[0].count_bos,
         halves=any(plan.halves for plan in plans),
         sample_tokens=max(samples, default=None),
+        calibration=next(iter(calibrations), None),
     )
 
 

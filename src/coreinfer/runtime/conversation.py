@@ -68,7 +68,7 @@ class Conversation:
         """
         if not content.strip():
             raise UserError("the message is empty; give at least one character")
-        self._backend.check(selector)
+        self._backend.check(selector, stand_in)
         asked = [*self.messages, {"role": "user", "content": content}]
         text = render_messages(self._backend.tokenizer, asked)
         plan = RecordingPlan.of(selector, stand_in)

@@ -110,7 +110,7 @@ def generate(
     Raises:
         UserError: if a prompt is too long or the selector does not fit the model.
     """
-    backend.check(selector)
+    backend.check(selector, stand_in)
     read = prefill(backend, token_ids, RecordingPlan.of(selector, stand_in), texts)
     yield from continue_from(backend, read, selector, stand_in, params)
 

@@ -82,7 +82,7 @@ def score(
     """
     if not pairs:
         return []
-    backend.check(selector)
+    backend.check(selector, stand_in)
     read = prefill(
         backend,
         [pair.context for pair in pairs],

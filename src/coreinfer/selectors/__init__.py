@@ -14,6 +14,7 @@ from coreinfer.selectors.griffin import Griffin
 from coreinfer.selectors.impact import Impact
 from coreinfer.selectors.oracle import Oracle
 from coreinfer.selectors.random import Random
+from coreinfer.selectors.residual import Residual
 from coreinfer.selectors.similarity import Similarity
 from coreinfer.selectors.stability import Stability
 from coreinfer.selectors.static import Static
@@ -22,7 +23,18 @@ from coreinfer.selectors.static import Static
 SELECTORS: Mapping[str, type[Selector]] = MappingProxyType(
     {
         rule.name: rule
-        for rule in (Dense, Stability, Similarity, Auto, Impact, Griffin, Static, Random, Oracle)
+        for rule in (
+            Dense,
+            Stability,
+            Similarity,
+            Auto,
+            Impact,
+            Griffin,
+            Residual,
+            Static,
+            Random,
+            Oracle,
+        )
     }
 )
 
@@ -36,6 +48,7 @@ __all__ = [
     "Impact",
     "Oracle",
     "Random",
+    "Residual",
     "Selection",
     "Selector",
     "Similarity",

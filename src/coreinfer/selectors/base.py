@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from coreinfer.calibration.store import CalibrationStore
 from coreinfer.core.selection import neuron_budget, top_neurons
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.errors import UserError, require_ratio, require_whole
@@ -67,6 +68,11 @@ class Selector(ABC):
     def counting_alpha(self) -> float | None:
         """alpha of the token-wise counts this rule needs; None where it needs none."""
         return getattr(self, "alpha", None) if self.needs_counts else None
+
+    @property
+    def recorded_calibration(self) -> CalibrationStore | None:
+        """The calibration whose residuals this rule ranks by; None where it needs none."""
+        return None
 
     @property
     def default_keep(self) -> float:

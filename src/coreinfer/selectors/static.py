@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from coreinfer.calibration.store import CalibrationStore
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.selectors.base import Selector
 from coreinfer.selectors.evidence import Evidence
@@ -20,10 +21,11 @@ class Static(Selector):
     """The paper's rule on the counts of a whole corpus: what a prompt adds is measured by it.
 
     Args:
-        clusters: a cluster store made for this model; its clusters are added up.
+        clusters: a cluster store made for this model, whose clusters are added up, or a
+            calibration store, which has the counts of its corpus too.
     """
 
-    clusters: ClusterStore
+    clusters: ClusterStore | CalibrationStore
 
     name: ClassVar[str] = "static"
 

@@ -7,7 +7,7 @@ counts, added to its cluster. An interrupted build goes on from its last checkpo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,13 +25,14 @@ from coreinfer.jsonl import OnSkip
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors.evidence import Evidence
 from coreinfer.semantics.clustering import Clustering, cluster_vectors
-from coreinfer.semantics.corpus import corpus_identity, read_corpus
+from coreinfer.semantics.corpus import corpus_identity
 from coreinfer.semantics.encoders import Encoder
+from coreinfer.semantics.reading import Skips, TokenCorpus, TokenDocument
 from coreinfer.semantics.store import ClusterStore, require_place
 from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
 
-WINDOW = 256  # documents held at a time, to be read in the order of their length
 CHECKPOINT_SECONDS = 60.0
+STAGES = ("vectors", "clusters", "counts")
 
 
 def build_clusters(
@@ -100,10 +101,13 @@ def build_clusters(
     }
     if encoder.needs_counts:
         reading["alpha"] = alpha
-    with work_folder(out.with_name(f".{out.name}.work"), on_note, checkpoint_seconds) as work:
+    reader = TokenCorpus(
+        corpus, backend.tokenizer, max_tokens, batch_size, min_chars, Skips(on_skip)
+    )
+    place = out.with_name(f".{out.name}.work")
+    with work_folder(place, STAGES, on_note, checkpoint_seconds) as work:
         build = _Build(
-            backend, corpus, encoder, alpha, max_tokens, batch_size, min_chars, work, on_note,
-            _Skips(on_skip), progress,
+            backend, reader, encoder, alpha, work, on_note, progress,
         )  # fmt: skip
         read = build.embed(reading)
         clustering = build.cluster(read, {**reading, "k": k, "seed": seed})
@@ -133,15 +137,6 @@ def build_clusters(
         store.save(out)
         remove_leftovers(out)  # of a run that was killed while it saved
     return store
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A document as the model reads it; `cut` says that there was more of it."""
-
-    text: str
-    ids: list[int]
-    cut: bool
 
 
 @dataclass(frozen=True)
@@ -205,36 +200,16 @@ class _Totals:
         )
 
 
-class _Skips:
-    """Passes each problem on in the first of the passes that this run makes, and then no more."""
-
-    def __init__(self, on_skip: OnSkip) -> None:
-        self._on_skip = on_skip
-        self._told = False
-
-    def tell(self, problem: str) -> None:
-        if not self._told:
-            with tqdm.external_write_mode():  # not into the middle of a progress bar
-                self._on_skip(problem)
-
-    def pass_done(self) -> None:
-        self._told = True
-
-
 @dataclass(frozen=True)
 class _Build:
     """The three stages, each of which goes on from its checkpoint or begins at the beginning."""
 
     backend: Backend
-    corpus: Path
+    reader: TokenCorpus
     encoder: Encoder
     alpha: float
-    max_tokens: int
-    batch_size: int
-    min_chars: int
     work: WorkFolder
     on_note: Callable[[str], None]
-    skips: _Skips
     progress: bool
 
     def embed(self, settings: dict[str, Any]) -> _Read:
@@ -255,7 +230,7 @@ class _Build:
 
     def _embed_from(self, state: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         plan = RecordingPlan(alpha=self.alpha if self.encoder.needs_counts else None)
-        batches = islice(self._batches(), state["batches"], None)
+        batches = islice(self.reader.batches(), state["batches"], None)
         with (
             self.work.append_vectors(4 * state["documents"] * state["size"]) as file,
             self._bar("embedding", done=state["documents"]) as bar,
@@ -284,10 +259,10 @@ class _Build:
                     file.flush()
                     self.work.save("vectors", settings, Checkpoint(state))
         if not state["documents"]:
-            raise UserError(f"{str(self.corpus)!r} has no document with a token to read")
+            raise UserError(f"{str(self.reader.path)!r} has no document with a token to read")
         state["complete"] = True
         self.work.save("vectors", settings, Checkpoint(state))
-        self.skips.pass_done()
+        self.reader.skips.pass_done()
         return state
 
     def cluster(self, read: _Read, settings: dict[str, Any]) -> Clustering:
@@ -310,7 +285,7 @@ class _Build:
         labels = iter(clustering.labels.tolist())
         done = 0 if totals is None else int(totals.documents.sum())
         with self._bar("counting", done=done, total=clustering.labels.numel()) as bar:
-            for number, batch in enumerate(self._batches(), start=1):
+            for number, batch in enumerate(self.reader.batches(), start=1):
                 clusters = list(islice(labels, len(batch)))
                 if number <= batches:
                     continue
@@ -322,32 +297,11 @@ class _Build:
                 bar.update(len(batch))
                 if self.work.is_due:
                     self.work.save("counts", settings, totals.checkpoint(number))
-        self.skips.pass_done()
+        self.reader.skips.pass_done()
         assert totals is not None  # a corpus without a document was refused before
         return totals
 
-    def _batches(self) -> Iterator[list[_Tokens]]:
-        """Batches of documents of similar length: the same ones whenever the corpus is read."""
-        documents = self._documents()
-        while window := list(islice(documents, WINDOW)):
-            window.sort(key=lambda document: len(document.ids))
-            for start in range(0, len(window), self.batch_size):
-                yield window[start : start + self.batch_size]
-
-    def _documents(self) -> Iterator[_Tokens]:
-        tokenizer = self.backend.tokenizer
-        special = tokenizer.num_special_tokens_to_add()
-        for document in read_corpus(self.corpus, min_chars=self.min_chars, on_skip=self.skips.tell):
-            ids = list(tokenizer(document.text, verbose=False).input_ids)
-            if len(ids) > special:
-                yield _Tokens(document.text, ids[: self.max_tokens], len(ids) > self.max_tokens)
-            else:
-                self.skips.tell(
-                    f"{str(self.corpus)!r}: line {document.line} has no token in this model's "
-                    "vocabulary"
-                )
-
-    def _prefill(self, batch: Sequence[_Tokens], plan: RecordingPlan) -> list[Evidence]:
+    def _prefill(self, batch: Sequence[TokenDocument], plan: RecordingPlan) -> list[Evidence]:
         session = self.backend.start(plan)
         session.prefill([document.ids for document in batch], [one.text for one in batch])
         return session.evidence()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,6 @@ from torch import Tensor
 from coreinfer.errors import UserError
 from coreinfer.files import describe_os_error, replace_when_done
 
-STAGES = ("vectors", "clusters", "counts")  # each is made from those before it
 LOCK, VECTOR_FILE = "lock", "vectors.f32"
 SHARE = 20  # writing checkpoints takes at most one part in so many of the time
 
@@ -37,12 +36,16 @@ class WorkFolder:
 
     Args:
         path: the folder; it exists.
+        stages: their names; each is made from those before it.
         on_note: told which work is done again although it was there, and why.
         every: seconds between checkpoints at least.
     """
 
-    def __init__(self, path: Path, on_note: Callable[[str], None], every: float) -> None:
+    def __init__(
+        self, path: Path, stages: Sequence[str], on_note: Callable[[str], None], every: float
+    ) -> None:
         self.path = path
+        self.stages = tuple(stages)
         self.vector_file = path / VECTOR_FILE
         self._on_note = on_note
         self._every = every
@@ -113,10 +116,10 @@ class WorkFolder:
 
     @property
     def has_checkpoint(self) -> bool:
-        return any(self._file(stage).exists() for stage in STAGES)
+        return any(self._file(stage).exists() for stage in self.stages)
 
     def _forget(self, stage: str) -> None:
-        for later in STAGES[STAGES.index(stage) :]:
+        for later in self.stages[self.stages.index(stage) :]:
             self._file(later).unlink(missing_ok=True)
 
     def _file(self, stage: str) -> Path:
@@ -132,10 +135,17 @@ def _read(file: Path) -> tuple[dict[str, Any], Checkpoint]:
 
 
 @contextmanager
-def work_folder(path: Path, on_note: Callable[[str], None], every: float) -> Iterator[WorkFolder]:
+def work_folder(
+    path: Path,
+    stages: Sequence[str],
+    on_note: Callable[[str], None],
+    every: float,
+    also: Sequence[str] = (),
+) -> Iterator[WorkFolder]:
     """Open or make a work folder, for one process at a time; remove it if the block succeeds.
 
-    Where the block fails or is interrupted it stays, unless it has no checkpoint yet.
+    Where the block fails or is interrupted it stays, unless it has no checkpoint yet, nor one of
+    the further files that it may hold (`also`).
 
     Raises:
         UserError: if it cannot be made or written, is in use, or is something else.
@@ -143,7 +153,7 @@ def work_folder(path: Path, on_note: Callable[[str], None], every: float) -> Ite
     lock = FileLock(path / LOCK)
     try:
         path.mkdir(exist_ok=True)
-        _require_ours(path)
+        _require_ours(path, stages, also)
         lock.acquire(timeout=0)
         for leftover in path.glob(".*.partial"):  # of a checkpoint that was being written
             shutil.rmtree(leftover, ignore_errors=True)
@@ -153,20 +163,21 @@ def work_folder(path: Path, on_note: Callable[[str], None], every: float) -> Ite
         ) from None
     except OSError as error:
         raise UserError(describe_os_error(error, path)) from error
-    work = WorkFolder(path, on_note, every)
+    work = WorkFolder(path, stages, on_note, every)
     done = False
     try:
         yield work
         done = True
     finally:
-        keep = work.has_checkpoint and not done
+        begun = work.has_checkpoint or any((path / name).exists() for name in also)
+        keep = begun and not done
         lock.release()
         if not keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _require_ours(path: Path) -> None:
-    ours = {LOCK, VECTOR_FILE, *(f"{stage}.safetensors" for stage in STAGES)}
+def _require_ours(path: Path, stages: Sequence[str], also: Sequence[str]) -> None:
+    ours = {LOCK, VECTOR_FILE, *also, *(f"{stage}.safetensors" for stage in stages)}
     for entry in path.iterdir():
         if entry.name not in ours and not entry.match(".*.partial"):
             raise UserError(

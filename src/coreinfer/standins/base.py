@@ -75,10 +75,13 @@ class StandIn(ABC):
         """How many prompt tokens' x and h must be kept to fit it; 0 where sums are enough."""
 
     @abstractmethod
-    def fit(self, sample: LayerSample, down: DownProjection, dropped: Tensor) -> StandInTerms:
+    def fit(
+        self, layer: int, sample: LayerSample, down: DownProjection, dropped: Tensor
+    ) -> StandInTerms:
         """Fit one layer on its prompt.
 
         Args:
+            layer: its index.
             sample: the prompt's tokens (its first token, an attention sink, is not among them
                 unless there is no other).
             down: the layer's down projection.
@@ -88,5 +91,16 @@ class StandIn(ABC):
             ValueError: if the sample has no token.
         """
 
+    def check(self, fingerprint: str, model: str) -> None:
+        """Refuse what does not fit the model, before any work is done.
+
+        Raises:
+            UserError: for a store made for another model.
+        """
+        return
+
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self)}
+        """Name and parameters as plain JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {key: v.describe() if hasattr(v, "describe") else v for key, v in values.items()}
+        return {"name": self.name} | plain

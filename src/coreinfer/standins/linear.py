@@ -13,8 +13,6 @@ from coreinfer.errors import UserError, require_whole
 from coreinfer.standins.base import DownProjection, StandIn, StandInTerms
 from coreinfer.standins.sample import LayerSample, Spectrum
 
-_ROUNDING = 1e-28  # (float64 epsilon)^2, with room for the rounding of a mean over tokens
-
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(StandIn):
@@ -43,10 +41,12 @@ class Linear(StandIn):
 
     def __post_init__(self) -> None:
         require_whole("rank", self.rank, 1)
-        _check_ridge(self.ridge)
+        check_ridge(self.ridge)
         require_whole("sample_tokens", self.sample_tokens, 2)
 
-    def fit(self, sample: LayerSample, down: DownProjection, dropped: Tensor) -> StandInTerms:
+    def fit(
+        self, layer: int, sample: LayerSample, down: DownProjection, dropped: Tensor
+    ) -> StandInTerms:
         if sample.h is None:
             raise ValueError("no token was sampled")
         spectrum = sample.spectrum()
@@ -57,7 +57,8 @@ class Linear(StandIn):
         return StandInTerms(*(part.to(down.dtype).contiguous() for part in (offset, left, right)))
 
 
-def _check_ridge(ridge: float) -> None:
+def check_ridge(ridge: float) -> None:
+    """Raises UserError unless it is a finite number above 0."""
     number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
     if not number or not 0 < ridge < math.inf:
         raise UserError(f"ridge must be a finite number above 0, got {ridge!r}")
@@ -72,8 +73,7 @@ def _reduced_rank_ridge(x: Spectrum, r: Tensor, ridge: float, rank: int) -> tupl
     tokens, width = x.centred.shape
     rank = min(rank, tokens, width, r.shape[1])
     energy = x.values.sum()  # the trace of the Gram matrix: sum_t |x_t - x_mean|^2
-    # One token, or tokens that do not differ but for the rounding of their mean.
-    if not energy > _ROUNDING * tokens * x.mean.square().sum():
+    if not x.varies:
         return r.new_zeros(r.shape[1], rank), r.new_zeros(rank, width)
     penalty = ridge * energy / tokens
     # With P = U^T R and w = sqrt(s / (s + lambda)): the right singular vectors of diag(w) P, by the

@@ -21,7 +21,9 @@ class Mean(StandIn):
     def sample_tokens(self) -> int:
         return 0
 
-    def fit(self, sample: LayerSample, down: DownProjection, dropped: Tensor) -> StandInTerms:
+    def fit(
+        self, layer: int, sample: LayerSample, down: DownProjection, dropped: Tensor
+    ) -> StandInTerms:
         if sample.h_sum is None:
             raise ValueError("no token was recorded")
         h_mean = (sample.h_sum / sample.tokens)[dropped]

@@ -11,6 +11,7 @@ from coreinfer.core.statistics import column_sum
 
 # 2^64 / golden ratio, as a signed 64-bit integer: multiples of it spread evenly.
 _GOLDEN = -7046029254386353131
+_ROUNDING = 1e-28  # (float64 epsilon)^2, with room for the rounding of a mean over tokens
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class Spectrum:
     centred: Tensor
     values: Tensor
     vectors: Tensor
+
+    @property
+    def varies(self) -> bool:
+        """False for one token, or tokens that differ by no more than their mean is rounded."""
+        energy = self.values.sum()  # the trace of the Gram matrix: sum_t |x_t - x_mean|^2
+        return bool(energy > _ROUNDING * len(self.values) * self.mean.square().sum())
 
 
 @dataclass

@@ -65,9 +65,9 @@ class Anatomy:
         """Bytes that decode reads for the stand-in of a layer: it has the dtype of the weights."""
         return terms.num_weights * terms.offset.element_size()
 
-    def check(self, selector: Selector) -> None:
-        """Raises UserError if the selector does not fit this model."""
-        selector.check(self.num_neurons, self.fingerprint, self.name)
+    def check(self, selector: Selector, stand_in: StandIn | None = None) -> None:
+        """Raises UserError if the selector or the stand-in does not fit this model."""
+        shared.check(self, selector, stand_in)
 
 
 def choose(

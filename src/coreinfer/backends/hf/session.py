@@ -96,8 +96,8 @@ class HfBackend:
             return frozenset()
         return frozenset([ids] if isinstance(ids, int) else ids)
 
-    def check(self, selector: Selector) -> None:
-        self.anatomy.check(selector)
+    def check(self, selector: Selector, stand_in: StandIn | None = None) -> None:
+        self.anatomy.check(selector, stand_in)
 
     def start(self, plan: RecordingPlan) -> HfSession:
         return HfSession(self, plan)

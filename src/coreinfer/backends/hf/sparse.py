@@ -261,7 +261,7 @@ def sparse(
         RuntimeError: if the model is already inside `sparse`.
     """
     anatomy = Anatomy(model, name or model.config.name_or_path or model.config.model_type)
-    anatomy.check(selector)
+    anatomy.check(selector, stand_in)
     if model.training:
         raise UserError("the model is in training mode, its dropout is on; call model.eval()")
     if selector.needs_future:

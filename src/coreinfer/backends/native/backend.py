@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from coreinfer.backends.choose import check
 from coreinfer.backends.native.cache import KvCache
 from coreinfer.backends.native.decoder import Decoder
 from coreinfer.backends.native.products import Products
@@ -15,6 +16,7 @@ from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.core.measures import ReadCost
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors import Selector
+from coreinfer.standins import StandIn
 
 
 class NativeBackend:
@@ -86,8 +88,8 @@ class NativeBackend:
             return frozenset()
         return frozenset([ids] if isinstance(ids, int) else ids)
 
-    def check(self, selector: Selector) -> None:
-        selector.check(self.weights.num_neurons, self.fingerprint, self.model_name)
+    def check(self, selector: Selector, stand_in: StandIn | None = None) -> None:
+        check(self.view, selector, stand_in)
 
     def start(self, plan: RecordingPlan) -> NativeSession:
         return NativeSession(self, plan)

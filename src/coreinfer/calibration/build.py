@@ -1,0 +1,337 @@
+"""Building a calibration store: a corpus of any size in a bounded amount of memory.
+
+First the basis, from the beginning of the corpus; then the one pass over all of it, which sums
+what the predictions and the priors are made from; then what each layer loses, on a few documents.
+An interrupted build goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from coreinfer.backends.base import Backend
+from coreinfer.calibration.errors import measure_errors
+from coreinfer.calibration.store import CalibrationStore, require_place
+from coreinfer.calibration.sums import BasisSums, PredictionSums, flat, restore, sketch_of
+from coreinfer.calibration.written import write_corpus
+from coreinfer.core.layer_errors import LayerErrors
+from coreinfer.core.statistics import LayerStatistics
+from coreinfer.errors import UserError, require_ratio, require_whole
+from coreinfer.files import remove_leftovers
+from coreinfer.jsonl import OnSkip
+from coreinfer.recording import RecordingPlan
+from coreinfer.semantics.corpus import corpus_identity
+from coreinfer.semantics.reading import Skips, TokenCorpus, TokenDocument
+from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
+
+CHECKPOINT_SECONDS = 60.0
+STAGES = ("basis", "sums")
+WRITTEN = "corpus.jsonl"  # what the model wrote, in the work folder
+KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How a store is made.
+
+    Attributes:
+        rank: of the predictions, at least 1; never above the hidden size.
+        alpha: fraction of each token's positive activations that count, in (0, 1].
+        seed: of the sketch, and of what the model writes.
+        max_tokens: a longer document is cut to so many tokens, from 4; never above the context.
+        batch_size: documents prefilled together.
+        min_chars: a shorter document is skipped.
+        basis_tokens: tokens that the basis is chosen from at most.
+        error_documents: documents on which the layers' errors are measured at most.
+        own_tokens: tokens that the model writes where there is no corpus.
+    """
+
+    rank: int = 256
+    alpha: float = 0.4
+    seed: int = 0
+    max_tokens: int = 512
+    batch_size: int = 8
+    min_chars: int = 1
+    basis_tokens: int = 32_768
+    error_documents: int = 8
+    own_tokens: int = 32_768
+
+    def __post_init__(self) -> None:
+        require_whole("rank", self.rank, 1)
+        require_ratio("alpha", self.alpha)
+        require_whole("seed", self.seed, 0, 2**32 - 1)
+        require_whole("max_tokens", self.max_tokens, 4)
+        for name in ("batch_size", "basis_tokens", "error_documents", "own_tokens"):
+            require_whole(name, getattr(self, name), 1)
+
+
+def memory_needed(sizes: Sequence[tuple[int, int]], rank: int) -> int:
+    """Bytes that the sums take at most, beside the model, for layers of (D, d)."""
+    most = 0
+    for stage in ("basis", "sums"):
+        total = 0
+        for neurons, hidden in sizes:
+            width = min(rank + 32, hidden, neurons)
+            if stage == "basis":
+                total += 8 * hidden * (hidden + width) + 4 * neurons * width
+            else:
+                total += 8 * (1 + rank) * (neurons + rank) + 8 * 6 * neurons
+        most = max(most, total)
+    return most
+
+
+def calibrate(
+    backend: Backend,
+    corpus: Path | None,
+    out: Path,
+    settings: CalibrationSettings | None = None,
+    *,
+    on_skip: OnSkip,
+    on_note: Callable[[str], None] = lambda _note: None,
+    progress: bool = True,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> CalibrationStore:
+    """Learn, from a corpus, to predict a model's neurons from the inputs of its MLPs.
+
+    The work folder `.{out's name}.calibration` lies beside `out` until the store is written. The
+    same call after an interruption goes on from there, and the store is the same to the last bit.
+    Another batch size gives the same store up to the rounding of the model's own arithmetic.
+
+    Args:
+        backend: the model.
+        corpus: a file as `read_corpus` takes it; None lets the model write its own.
+        out: the store's folder, which may be a cluster store's; a calibration that is there is
+            replaced when the new one is whole.
+        settings: how; by default as `CalibrationSettings` says.
+        on_skip: told of every document or line that is skipped, once each.
+        on_note: told of the memory that it takes, and of a former run's work.
+        progress: draw progress bars on stderr, where that is a terminal.
+        checkpoint_seconds: seconds between checkpoints at least.
+
+    Raises:
+        UserError: for settings out of range, a corpus that cannot be read or has no usable
+            document, or a place that cannot be written.
+    """
+    settings = settings or CalibrationSettings()
+    out = Path(out)
+    require_place(out)
+    place = out.with_name(f".{out.name}.calibration")
+    with work_folder(place, STAGES, on_note, checkpoint_seconds, also=(WRITTEN,)) as work:
+        if corpus is None:
+            path = work.path / WRITTEN
+            write_corpus(backend, path, settings.own_tokens, settings.seed, on_note, progress)
+            identity: dict[str, Any] = {
+                **corpus_identity(path),
+                "name": "written by the model",
+                "seed": settings.seed,
+            }
+        else:
+            path = Path(corpus)
+            identity = corpus_identity(path)
+        build = _Build(backend, path, settings, work, Skips(on_skip), on_note, progress)
+        made_with = {
+            "model_fingerprint": backend.fingerprint,
+            "backend": backend.name,
+            "dtype": backend.dtype,
+            "corpus": identity,
+            **vars(settings),
+        }
+        basis = build.basis(made_with)
+        store = build.store(basis, made_with, identity)
+        if corpus is not None and corpus_identity(path) != identity:
+            raise UserError(f"{str(corpus)!r} was changed while it was read; start again")
+        store.save(out)
+        remove_leftovers(out)  # of a run that was killed while it saved
+    return store
+
+
+class _Build:
+    """The stages, each of which goes on from its checkpoint or begins at the beginning."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        path: Path,
+        settings: CalibrationSettings,
+        work: WorkFolder,
+        skips: Skips,
+        on_note: Callable[[str], None],
+        progress: bool,
+    ) -> None:
+        most = min(settings.max_tokens, backend.context_length or settings.max_tokens)
+        self._reader = TokenCorpus(
+            path, backend.tokenizer, most, settings.batch_size, settings.min_chars, skips
+        )
+        self._backend = backend
+        self._settings = settings
+        self._work = work
+        self._on_note = on_note
+        self._progress = progress
+
+    def basis(self, made_with: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """First stage: (x_mean, basis) of each layer, from the corpus' first tokens."""
+        sizes, norms = self._anatomy()
+        rank = min(self._settings.rank, *(hidden for _, hidden in sizes))
+        needed = memory_needed(sizes, rank)
+        self._on_note(f"calibration takes up to {needed / 1e9:.1f} GB beside the model")
+        generator = torch.Generator().manual_seed(self._settings.seed)
+        sums = [
+            BasisSums.zeros(sketch_of(norms(layer), rank, hidden, generator), hidden)
+            for layer, (_, hidden) in enumerate(sizes)
+        ]
+
+        def observe(layer: int, x: Tensor, h: Tensor) -> None:
+            sums[layer].add(x, h)
+
+        found = self._work.load("basis", made_with)
+        state = {"batches": 0, "complete": False}
+        if found:
+            state = dict(found.state)
+            if state["complete"]:
+                return [
+                    (found.tensors[f"mean.{layer}"], found.tensors[f"basis.{layer}"])
+                    for layer in range(len(sizes))
+                ]
+            restore(sums, found.tensors)
+            for one in sums:
+                one.tokens = int(state["tokens"])
+        plan = RecordingPlan(observer=observe)
+        with self._bar("basis", state["batches"]) as bar:
+            for batch in islice(self._batches(), state["batches"], None):
+                if sums[0].tokens >= self._settings.basis_tokens:
+                    break
+                self._prefill(batch, plan)
+                state["batches"] += 1
+                state["tokens"] = sums[0].tokens
+                bar.update(len(batch))
+                if self._work.is_due:
+                    self._work.save("basis", made_with, Checkpoint(state, flat(sums)))
+        if not sums[0].tokens:
+            raise UserError(f"{str(self._reader.path)!r} has no document with a token to read")
+        made = [one.basis(rank) for one in sums]
+        tensors = {f"mean.{layer}": mean for layer, (mean, _) in enumerate(made)}
+        tensors |= {f"basis.{layer}": basis for layer, (_, basis) in enumerate(made)}
+        self._work.save("basis", made_with, Checkpoint({**state, "complete": True}, tensors))
+        return made
+
+    def store(
+        self,
+        basis: Sequence[tuple[Tensor, Tensor]],
+        made_with: dict[str, Any],
+        identity: dict[str, Any],
+    ) -> CalibrationStore:
+        """The pass over the whole corpus, and what is made of its sums."""
+        sizes, _ = self._anatomy()
+        sums = [
+            PredictionSums.zeros(mean, directions, neurons)
+            for (mean, directions), (neurons, _) in zip(basis, sizes, strict=True)
+        ]
+        priors = [LayerStatistics.zeros(*size) for size in sizes]
+        state = {"batches": 0, "documents": 0, "cut": 0}
+        if found := self._work.load("sums", made_with):
+            state = dict(found.state)
+            restore(sums, found.tensors)
+            _restore_priors(priors, found.tensors, state["tokens"])
+
+        def observe(layer: int, x: Tensor, h: Tensor) -> None:
+            sums[layer].add(x, h)
+
+        plan = RecordingPlan(alpha=self._settings.alpha, observer=observe)
+        with self._bar("summing", state["documents"]) as bar:
+            for batch in islice(self._batches(), state["batches"], None):
+                for layers in self._prefill(batch, plan):
+                    priors = [a + b for a, b in zip(priors, layers, strict=True)]
+                state = {
+                    "batches": state["batches"] + 1,
+                    "documents": state["documents"] + len(batch),
+                    "cut": state["cut"] + sum(document.cut for document in batch),
+                    "tokens": int(priors[0].tokens),
+                }
+                bar.update(len(batch))
+                if self._work.is_due:
+                    tensors = flat(sums) | _flat_priors(priors)
+                    self._work.save("sums", made_with, Checkpoint(state, tensors))
+        self._work.save("sums", made_with, Checkpoint(state, flat(sums) | _flat_priors(priors)))
+        self._reader.skips.pass_done()
+        predictions = []
+        for one, prior in zip(sums, priors, strict=True):
+            prediction, prior.residual_sum = one.prediction(prior)
+            predictions.append(prediction)
+        about = {**identity, "documents": state["documents"], "cut_documents": state["cut"]}
+        store = CalibrationStore(
+            model=self._backend.model_name,
+            model_fingerprint=self._backend.fingerprint,
+            alpha=self._settings.alpha,
+            predictions=predictions,
+            statistics=priors,
+            layer_errors=LayerErrors((1.0,), torch.zeros(len(sizes), 1, dtype=torch.float64)),
+            corpus={**about, **vars(self._settings)},
+        )
+        return measure_errors(
+            self._backend, store, self._spread(state["documents"]), KEEPS, self._progress
+        )
+
+    def _batches(self) -> Iterator[list[TokenDocument]]:
+        """Of documents with a token that counts: the first one may be a BOS token."""
+        for batch in self._reader.batches():
+            if usable := [document for document in batch if len(document.ids) > 1]:
+                yield usable
+
+    def _spread(self, documents: int) -> list[list[int]]:
+        """Token ids of documents that are long enough, evenly spread over the corpus."""
+        wanted = self._settings.error_documents
+        step = max(1, documents // (2 * wanted))
+        long = (
+            document.ids
+            for document in islice(self._reader.documents(), 0, None, step)
+            if len(document.ids) >= 4
+        )
+        return sorted(islice(long, 2 * wanted), key=len)[-wanted:]
+
+    def _anatomy(self) -> tuple[list[tuple[int, int]], Callable[[int], Tensor]]:
+        """(D, d) of every layer, and layer -> |W_down[:, n]|_2."""
+        evidence = self._read([[0]], RecordingPlan())[0]
+        sizes = [(one.num_neurons, one.input_sum.numel()) for one in evidence.layers]
+        return sizes, evidence.column_norms
+
+    def _prefill(
+        self, batch: Sequence[TokenDocument], plan: RecordingPlan
+    ) -> Iterator[Sequence[LayerStatistics]]:
+        return (one.layers for one in self._read([d.ids for d in batch], plan))
+
+    def _read(self, token_ids: Sequence[Sequence[int]], plan: RecordingPlan) -> list[Any]:
+        session = self._backend.start(plan)
+        session.prefill(token_ids)
+        return session.evidence()
+
+    def _bar(self, what: str, done: int) -> Any:
+        if done:
+            self._on_note(f"going on with the {what} after {done}")
+        # None is tqdm's "unless stderr is no terminal".
+        return tqdm(desc=what, unit="doc", initial=done, disable=None if self._progress else True)
+
+
+_PRIORS = ("counts", "positive_sum", "square_sum", "unit_square_sum", "input_sum")
+
+
+def _flat_priors(priors: Sequence[LayerStatistics]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{layer}": getattr(one, name).cpu()
+        for layer, one in enumerate(priors)
+        for name in _PRIORS
+    }
+
+
+def _restore_priors(priors: Sequence[LayerStatistics], tensors: Any, tokens: int) -> None:
+    for layer, one in enumerate(priors):
+        for name in _PRIORS:
+            setattr(one, name, tensors[f"{name}.{layer}"])
+        one.tokens = tokens

@@ -1,0 +1,157 @@
+"""The sums over a corpus' tokens that a calibration is made from; additive, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coreinfer.calibration.prediction import LayerPrediction
+from coreinfer.core.statistics import LayerStatistics
+
+OVERSAMPLING = 32  # random directions beyond the rank, for the range finder
+_RIDGE = 1e-3  # of the mean variance of x: directions far below are not worth a rank
+_DEGENERATE = 1e-9  # of the largest variance of z: below, a direction is rounding noise
+
+
+@dataclass
+class BasisSums:
+    """What a layer's basis is chosen from.
+
+    Attributes:
+        tokens: how many were added.
+        x: sum of x [d]; xx: of x x^T [d, d].
+        y: sum of y [p]; xy: of x y^T [d, p], where y = sketch^T h.
+        sketch: [D, p] float32: random directions, each neuron weighted by |W_down[:, n]|_2.
+    """
+
+    tokens: int
+    x: Tensor
+    xx: Tensor
+    y: Tensor
+    xy: Tensor
+    sketch: Tensor
+
+    @classmethod
+    def zeros(cls, sketch: Tensor, hidden_size: int) -> BasisSums:
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64)
+
+        d, p = hidden_size, sketch.shape[1]
+        return cls(0, empty(d), empty(d, d), empty(p), empty(d, p), sketch)
+
+    def add(self, x: Tensor, h: Tensor) -> None:
+        """Add tokens: x [T, d], h [T, D]."""
+        y = (h.float().cpu() @ self.sketch).double()
+        x = x.double().cpu()
+        self.tokens += x.shape[0]
+        self.x += x.sum(dim=0)
+        self.y += y.sum(dim=0)
+        self.xx.addmm_(x.t(), x)
+        self.xy.addmm_(x.t(), y)
+
+    def basis(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(x_mean [d], Q [d, r]), float32: the inputs that predict what the neurons add best.
+
+        Reduced-rank regression of diag(w) h on x, w the norms of the down projection's columns:
+        Q = C^-1/2 U, with C the (slightly ridged) covariance of x and U the leading left singular
+        vectors of C^-1/2 cov(x, diag(w) h). These are found in the range of its product with the
+        random sketch (Halko, Martinsson and Tropp 2011), so that no [d, D] sum is kept.
+        r = min(rank, d, p).
+        """
+        mean = self.x / self.tokens
+        covariance = self.xx / self.tokens - torch.outer(mean, mean)
+        across = self.xy / self.tokens - torch.outer(mean, self.y / self.tokens)
+        values, vectors = torch.linalg.eigh(covariance)
+        values = values.clamp(min=0)
+        ridge = max(float(_RIDGE * values.mean()), torch.finfo(torch.float64).tiny)
+        root = vectors * (values + ridge).rsqrt()
+        left = torch.linalg.svd(root.t() @ across, full_matrices=False).U
+        return mean.float(), (root @ left[:, : min(rank, left.shape[1])]).float()
+
+
+def sketch_of(
+    column_norms: Tensor, rank: int, hidden_size: int, generator: torch.Generator
+) -> Tensor:
+    """Random directions of a layer's neurons, [D, p] float32, p = min(rank + 32, d, D)."""
+    width = min(rank + OVERSAMPLING, hidden_size, column_norms.numel())
+    drawn = torch.randn(column_norms.numel(), width, generator=generator)
+    return drawn * column_norms.float().unsqueeze(1)
+
+
+@dataclass
+class PredictionSums:
+    """What a layer's prediction is made from, given a basis.
+
+    Attributes:
+        x_mean, basis: z = basis^T (x - x_mean); [d], [d, r].
+        zz: sum of [1, z] [1, z]^T, [1 + r, 1 + r]; zh: of [1, z] h^T, [1 + r, D].
+    """
+
+    x_mean: Tensor
+    basis: Tensor
+    zz: Tensor
+    zh: Tensor
+
+    @classmethod
+    def zeros(cls, x_mean: Tensor, basis: Tensor, num_neurons: int) -> PredictionSums:
+        rows = 1 + basis.shape[1]
+        zz = torch.zeros(rows, rows, dtype=torch.float64)
+        return cls(x_mean, basis, zz, torch.zeros(rows, num_neurons, dtype=torch.float64))
+
+    def add(self, x: Tensor, h: Tensor) -> None:
+        """Add tokens: x [T, d], h [T, D]."""
+        z = torch.addmm(-(self.x_mean @ self.basis), x.float().cpu(), self.basis).double()
+        z = torch.cat([z.new_ones(z.shape[0], 1), z], dim=1)
+        self.zz.addmm_(z.t(), z)
+        self.zh.addmm_(z.t(), h.double().cpu())
+
+    def prediction(self, statistics: LayerStatistics) -> tuple[LayerPrediction, Tensor]:
+        """The prediction, and the sum over the same tokens of its squared residual, [D].
+
+        A ridge of one token's worth keeps a small corpus from being learnt by heart.
+
+        Args:
+            statistics: over the same tokens.
+        """
+        tokens = self.zz[0, 0]
+        z_mean, h_mean = self.zz[0, 1:] / tokens, self.zh[0] / tokens
+        covariance = self.zz[1:, 1:] / tokens - torch.outer(z_mean, z_mean)
+        across = self.zh[1:] / tokens - torch.outer(z_mean, h_mean)
+        values, vectors = torch.linalg.eigh(covariance)
+        real = values > _DEGENERATE * values.max()
+        whiten = vectors * torch.where(real, values.clamp(min=1e-300).rsqrt(), 0.0)
+        across = whiten.t() @ across  # [r, D], of white coordinates
+        mean_value = values.clamp(min=0).mean()
+        shrunk = torch.where(real, values / (values + mean_value / tokens), 0.0).unsqueeze(1)
+        coefficients = shrunk * across
+        explained = ((2 * across - coefficients) * coefficients).sum(dim=0)
+        left = statistics.square_sum.cpu() - tokens * (h_mean.square() + explained)
+        made = LayerPrediction(
+            input_mean=(statistics.input_sum.cpu() / tokens).float(),
+            basis=(self.basis.double() @ whiten).float(),
+            coefficients=torch.cat([h_mean.unsqueeze(0), coefficients]).float(),
+        )
+        return made, left.clamp(min=0)
+
+
+def flat(sums: Sequence[BasisSums] | Sequence[PredictionSums]) -> dict[str, Tensor]:
+    """The tensors of all layers' sums by name, for a checkpoint."""
+    return {
+        f"{name}.{layer}": value
+        for layer, one in enumerate(sums)
+        for name, value in vars(one).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore(
+    sums: Sequence[BasisSums] | Sequence[PredictionSums], tensors: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `flat`: put the tensors back into sums of the same shapes."""
+    for layer, one in enumerate(sums):
+        for name, value in vars(one).items():
+            if isinstance(value, Tensor):
+                setattr(one, name, tensors[f"{name}.{layer}"])

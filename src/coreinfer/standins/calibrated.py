@@ -1,0 +1,112 @@
+"""The calibration's prediction of the dropped part, with the prompt's own correction on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from coreinfer.calibration.store import CalibrationStore
+from coreinfer.errors import require_whole
+from coreinfer.standins.base import DownProjection, StandIn, StandInTerms
+from coreinfer.standins.linear import check_ridge
+from coreinfer.standins.sample import LayerSample, Spectrum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(StandIn):
+    """Adds r_mean + M (x - x_mean), with M of rank `rank`, where the corpus says most of M.
+
+    The calibration predicts each neuron as h_n ~ b_n . z + mean_n, z = Q^T (x - input_mean), so it
+    predicts the dropped part with A Q^T x, A = W_down[:, rest] B[rest]. What that leaves of the
+    prompt's sampled tokens is fitted by ridge regression in the S x S dual, as in `Linear`: E its
+    rows and X the centred inputs, N = E^T (X X^T + lambda)^-1 X, lambda = ridge * mean |x|^2.
+    A Q^T + N is then cut to rank `rank` where it costs least: projected on the leading
+    directions of what it gives at the prompt's tokens and at `prior_tokens` tokens like those of
+    the corpus (of which z is white, so that A's own columns stand for them).
+
+    Args:
+        calibration: a calibration store made for this model.
+        rank: of M, at least 1; decode adds 2 * rank * d multiplications a layer.
+        ridge: c of the penalty, above 0.
+        sample_tokens: prompt tokens to fit on at most.
+        prior_tokens: what the corpus weighs in the choice of M's directions, from 0.
+    """
+
+    calibration: CalibrationStore
+    rank: int = 64
+    ridge: float = 3.0
+    sample_tokens: int = 256
+    prior_tokens: int = 200
+
+    name: ClassVar[str] = "calibrated"
+
+    def __post_init__(self) -> None:
+        require_whole("rank", self.rank, 1)
+        check_ridge(self.ridge)
+        require_whole("sample_tokens", self.sample_tokens, 2)
+        require_whole("prior_tokens", self.prior_tokens, 0)
+
+    def check(self, fingerprint: str, model: str) -> None:
+        self.calibration.require_model(fingerprint, model)
+
+    def fit(
+        self, layer: int, sample: LayerSample, down: DownProjection, dropped: Tensor
+    ) -> StandInTerms:
+        if sample.x is None or sample.h is None:
+            raise ValueError("no token was sampled")
+        prediction = self.calibration.predictions[layer]
+        x, h = sample.x.float(), sample.h.index_select(1, dropped)
+        coefficients = prediction.coefficients[1:].to(h.device)  # the mean is the prompt's own
+        parts = torch.cat([h.float(), coefficients.index_select(1, dropped)])
+        r, predicted = down(parts, dropped).split([len(h), len(coefficients)])  # [S, d], [r, d]
+        spectrum = sample.spectrum()
+        x_mean, r_mean = x.mean(dim=0), r.mean(dim=0)
+        centred = x - x_mean
+        basis = prediction.basis.to(x.device)
+        said = (centred @ basis) @ predicted  # [S, d]
+        hat = _smoother(spectrum, self.ridge)
+        correction = hat.dual.float() @ (r - r_mean - said)  # [S, d]: N = correction^T centred
+        fitted = said + hat.gram.float() @ correction
+        directions = _leading(
+            torch.cat([fitted, self.prior_tokens**0.5 * predicted]), self.rank
+        )  # [d, k]
+        right = (directions.t() @ predicted.t()) @ basis.t()
+        right += (directions.t() @ correction.t()) @ centred
+        offset = r_mean - directions @ (right @ x_mean)
+        return StandInTerms(*(p.to(down.dtype).contiguous() for p in (offset, directions, right)))
+
+
+@dataclass(frozen=True)
+class _Smoother:
+    """Of the centred inputs X of a sample, [S, S] float64 each.
+
+    gram: X X^T; dual: (X X^T + lambda)^-1, or 0 where the inputs do not differ.
+    """
+
+    gram: Tensor
+    dual: Tensor
+
+
+def _smoother(x: Spectrum, ridge: float) -> _Smoother:
+    gram = (x.vectors * x.values) @ x.vectors.t()
+    if not x.varies:
+        return _Smoother(gram, torch.zeros_like(gram))
+    penalty = ridge * x.values.mean()
+    return _Smoother(gram, (x.vectors / (x.values + penalty)) @ x.vectors.t())
+
+
+def _leading(rows: Tensor, rank: int) -> Tensor:
+    """The `rank` leading right singular vectors of rows [n, d], [d, k] float32, in columns.
+
+    k = min(rank, n, d). Where the rows do not have so many directions, any others fill up.
+    """
+    rank = min(rank, *rows.shape)
+    if rows.shape[0] > rows.shape[1]:
+        vectors: Tensor = torch.linalg.eigh((rows.t() @ rows).double()).eigenvectors
+        return vectors[:, -rank:].float()
+    vectors = torch.linalg.eigh((rows @ rows.t()).double()).eigenvectors
+    directions: Tensor = torch.linalg.qr(rows.t() @ vectors[:, -rank:].float()).Q
+    return directions
