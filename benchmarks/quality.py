@@ -1,7 +1,8 @@
 """Quality of every selector and stand-in at several keep ratios, as one table.
 
     python -m benchmarks.quality --model smollm2-135m-instruct --text wikitext2_raw_test.txt \\
-        --clusters STORE --dense-layers 0-2,28-29 --out benchmarks/results/quality-smollm2
+        --clusters STORE --calibration STORE --dense-layers 0-2,28-29 \\
+        --out benchmarks/results/quality-smollm2
 
 Writes OUT.json (every number, a window each) and OUT.md (the table), after each batch, so a run
 that is cut short leaves what it has. `--jobs N` measures N batches at a time, a process each.
@@ -10,7 +11,7 @@ that is cut short leaves what it has. `--jobs N` measures N batches at a time, a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields
 from multiprocessing import get_context
@@ -19,13 +20,14 @@ from typing import Any
 
 from benchmarks.report import markdown, provenance, write_json, write_text
 from coreinfer.api import in_batches, load
+from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.values import fractions, layer_list
 from coreinfer.evaluation.continuations import Quality, Setting, Window, measure, windows
 from coreinfer.selectors import SELECTORS, Selector
 from coreinfer.semantics.store import ClusterStore
 from coreinfer.standins import STAND_INS
 
-RULES = ("stability", "similarity", "auto", "impact", "griffin")
+RULES = ("stability", "similarity", "auto", "impact", "griffin", "residual")
 CONTROLS = ("static", "random", "oracle")
 
 
@@ -34,23 +36,40 @@ def settings(
     stand_ins: Sequence[str],
     keeps: Sequence[float],
     dense_layers: tuple[int, ...],
-    store: ClusterStore | None,
+    stores: Mapping[str, Any],
 ) -> dict[str, Setting]:
-    """Every rule with every stand-in at every keep ratio; named "rule/stand-in/keep"."""
+    """Every rule with every stand-in at every keep ratio; named "rule/stand-in/keep".
+
+    `stores` are those that rules and stand-ins take, by the name of the field; what needs one that
+    is not there is left out.
+    """
     made: dict[str, Setting] = {}
     for name in rules:
         rule = SELECTORS[name]
-        if store is None and "clusters" in rule.__dataclass_fields__:
+        if lacks(rule, stores):
             continue
         for keep in keeps:
             options: dict[str, Any] = {rule.keep_name: keep, "dense_layers": dense_layers}
-            if "clusters" in rule.__dataclass_fields__:
-                options["clusters"] = store
-            selector: Selector = rule(**options)
+            selector: Selector = rule(**options, **taken(rule, stores))
             for stand_in in stand_ins:
-                instance = None if stand_in == "none" else STAND_INS[stand_in]()
+                kind = STAND_INS.get(stand_in)
+                if kind is not None and lacks(kind, stores):
+                    continue
+                instance = None if kind is None else kind(**taken(kind, stores))
                 made[f"{name}/{stand_in}/{keep:g}"] = Setting(selector, instance)
     return made
+
+
+def taken(kind: type, stores: Mapping[str, Any]) -> dict[str, Any]:
+    """The stores that a rule or a stand-in has a field for."""
+    names = {field.name for field in fields(kind)}
+    return {name: store for name, store in stores.items() if name in names}
+
+
+def lacks(kind: type, stores: Mapping[str, Any]) -> bool:
+    """Whether it needs a store that is not there."""
+    names = {field.name for field in fields(kind)}
+    return any(name in names and name not in stores for name in ("clusters", "calibration"))
 
 
 def table(results: dict[str, Quality]) -> str:
@@ -83,9 +102,13 @@ class Worker:
     current: Worker
 
     def __init__(self, args: argparse.Namespace) -> None:
-        store = None if args.clusters is None else ClusterStore.load(args.clusters)
+        stores: dict[str, Any] = {}
+        if args.clusters is not None:
+            stores["clusters"] = ClusterStore.load(args.clusters)
+        if args.calibration is not None:
+            stores["calibration"] = CalibrationStore.load(args.calibration)
         self.backend = load(args.model, backend="hf", threads=args.threads).backend
-        self.settings = settings(args.rules, args.stand_ins, args.keeps, args.dense_layers, store)
+        self.settings = settings(args.rules, args.stand_ins, args.keeps, args.dense_layers, stores)
 
     @classmethod
     def start(cls, args: argparse.Namespace) -> None:
@@ -136,6 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--clusters", help="cluster store; rules that need one are left out without"
     )
+    parser.add_argument("--calibration", help="calibration store, likewise for rules and stand-ins")
     parser.add_argument("--rules", nargs="+", default=RULES + CONTROLS)
     parser.add_argument("--stand-ins", nargs="+", default=("none", *STAND_INS))
     parser.add_argument("--keeps", type=fractions, default=(0.2, 0.4, 0.6, 0.8))

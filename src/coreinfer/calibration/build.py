@@ -1,6 +1,6 @@
 """Building a calibration store: a corpus of any size in a bounded amount of memory.
 
-First the basis, from the beginning of the corpus; then the one pass over all of it, which sums
+First the basis, from a part of the corpus; then the one pass over all of it, which sums
 what the predictions and the priors are made from; then what each layer loses, on a few documents.
 An interrupted build goes on from its last checkpoint.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,14 @@ from tqdm import tqdm
 from coreinfer.backends.base import Backend
 from coreinfer.calibration.errors import measure_errors
 from coreinfer.calibration.store import CalibrationStore, require_place
-from coreinfer.calibration.sums import BasisSums, PredictionSums, flat, restore, sketch_of
+from coreinfer.calibration.sums import (
+    BasisSums,
+    PredictionSums,
+    flat,
+    restore,
+    sketch_of,
+    sketch_width,
+)
 from coreinfer.calibration.written import write_corpus
 from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.core.statistics import LayerStatistics
@@ -28,11 +36,12 @@ from coreinfer.errors import UserError, require_ratio, require_whole
 from coreinfer.files import remove_leftovers
 from coreinfer.jsonl import OnSkip
 from coreinfer.recording import RecordingPlan
-from coreinfer.semantics.corpus import corpus_identity
+from coreinfer.semantics.corpus import corpus_identity, read_corpus
 from coreinfer.semantics.reading import Skips, TokenCorpus, TokenDocument
 from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
 
 CHECKPOINT_SECONDS = 60.0
+CHARS_A_TOKEN = 4  # about; says how far apart the batches lie that the basis is chosen from
 STAGES = ("basis", "sums")
 WRITTEN = "corpus.jsonl"  # what the model wrote, in the work folder
 KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -49,7 +58,7 @@ class CalibrationSettings:
         max_tokens: a longer document is cut to so many tokens, from 4; never above the context.
         batch_size: documents prefilled together.
         min_chars: a shorter document is skipped.
-        basis_tokens: tokens that the basis is chosen from at most.
+        basis_tokens: tokens that the basis is chosen from, about; from all over the corpus.
         error_documents: documents on which the layers' errors are measured at most.
         own_tokens: tokens that the model writes where there is no corpus.
     """
@@ -79,9 +88,8 @@ def memory_needed(sizes: Sequence[tuple[int, int]], rank: int) -> int:
     for stage in ("basis", "sums"):
         total = 0
         for neurons, hidden in sizes:
-            width = min(rank + 32, hidden, neurons)
             if stage == "basis":
-                total += 8 * hidden * (hidden + width) + 4 * neurons * width
+                total += 8 * hidden * (hidden + sketch_width(neurons, rank))
             else:
                 total += 8 * (1 + rank) * (neurons + rank) + 8 * 6 * neurons
         most = max(most, total)
@@ -177,15 +185,19 @@ class _Build:
         self._progress = progress
 
     def basis(self, made_with: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        """First stage: (x_mean, basis) of each layer, from the corpus' first tokens."""
+        """First stage: (x_mean, basis) of each layer, from tokens of all over the corpus."""
         sizes, norms = self._anatomy()
         rank = min(self._settings.rank, *(hidden for _, hidden in sizes))
         needed = memory_needed(sizes, rank)
         self._on_note(f"calibration takes up to {needed / 1e9:.1f} GB beside the model")
         generator = torch.Generator().manual_seed(self._settings.seed)
+        sketches = {
+            neurons: sketch_of(neurons, rank, generator)
+            for neurons in sorted({n for n, _ in sizes})
+        }
         sums = [
-            BasisSums.zeros(sketch_of(norms(layer), rank, hidden, generator), hidden)
-            for layer, (_, hidden) in enumerate(sizes)
+            BasisSums.zeros(sketches[neurons], norms(layer), hidden)
+            for layer, (neurons, hidden) in enumerate(sizes)
         ]
 
         def observe(layer: int, x: Tensor, h: Tensor) -> None:
@@ -205,11 +217,11 @@ class _Build:
                 one.tokens = int(state["tokens"])
         plan = RecordingPlan(observer=observe)
         with self._bar("basis", state["batches"]) as bar:
-            for batch in islice(self._batches(), state["batches"], None):
+            for batch in islice(self._batches(), state["batches"], None, self._stride):
                 if sums[0].tokens >= self._settings.basis_tokens:
                     break
                 self._prefill(batch, plan)
-                state["batches"] += 1
+                state["batches"] += self._stride
                 state["tokens"] = sums[0].tokens
                 bar.update(len(batch))
                 if self._work.is_due:
@@ -284,6 +296,14 @@ class _Build:
         for batch in self._reader.batches():
             if usable := [document for document in batch if len(document.ids) > 1]:
                 yield usable
+
+    @cached_property
+    def _stride(self) -> int:
+        """Every so many batches make about `basis_tokens` tokens."""
+        found = read_corpus(self._reader.path, on_skip=lambda _problem: None)
+        most = CHARS_A_TOKEN * self._reader.max_tokens
+        tokens = sum(min(len(document.text), most) for document in found) // CHARS_A_TOKEN
+        return max(1, tokens // self._settings.basis_tokens)
 
     def _spread(self, documents: int) -> list[list[int]]:
         """Token ids of documents that are long enough, evenly spread over the corpus."""

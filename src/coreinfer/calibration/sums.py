@@ -11,9 +11,9 @@ from torch import Tensor
 from coreinfer.calibration.prediction import LayerPrediction
 from coreinfer.core.statistics import LayerStatistics
 
-OVERSAMPLING = 32  # random directions beyond the rank, for the range finder
 _RIDGE = 1e-3  # of the mean variance of x: directions far below are not worth a rank
-_DEGENERATE = 1e-9  # of the largest variance of z: below, a direction is rounding noise
+_ROUNDING = 1e-9  # of the mean square of x: inputs that do not differ, in float32
+_DEGENERATE = 1e-4  # a variance of z that should be about 1: its direction is rounding noise
 
 
 @dataclass
@@ -23,8 +23,8 @@ class BasisSums:
     Attributes:
         tokens: how many were added.
         x: sum of x [d]; xx: of x x^T [d, d].
-        y: sum of y [p]; xy: of x y^T [d, p], where y = sketch^T h.
-        sketch: [D, p] float32: random directions, each neuron weighted by |W_down[:, n]|_2.
+        y: sum of y [p]; xy: of x y^T [d, p], where y = sketch^T (column_norms * h).
+        sketch: [D, p] float32, random directions; column_norms: |W_down[:, n]|_2, [D] float32.
     """
 
     tokens: int
@@ -33,18 +33,21 @@ class BasisSums:
     y: Tensor
     xy: Tensor
     sketch: Tensor
+    column_norms: Tensor
 
     @classmethod
-    def zeros(cls, sketch: Tensor, hidden_size: int) -> BasisSums:
+    def zeros(cls, sketch: Tensor, column_norms: Tensor, hidden_size: int) -> BasisSums:
         def empty(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
 
         d, p = hidden_size, sketch.shape[1]
-        return cls(0, empty(d), empty(d, d), empty(p), empty(d, p), sketch)
+        return cls(
+            0, empty(d), empty(d, d), empty(p), empty(d, p), sketch, column_norms.float().cpu()
+        )
 
     def add(self, x: Tensor, h: Tensor) -> None:
         """Add tokens: x [T, d], h [T, D]."""
-        y = (h.float().cpu() @ self.sketch).double()
+        y = ((h.float().cpu() * self.column_norms) @ self.sketch).double()
         x = x.double().cpu()
         self.tokens += x.shape[0]
         self.x += x.sum(dim=0)
@@ -58,27 +61,32 @@ class BasisSums:
         Reduced-rank regression of diag(w) h on x, w the norms of the down projection's columns:
         Q = C^-1/2 U, with C the (slightly ridged) covariance of x and U the leading left singular
         vectors of C^-1/2 cov(x, diag(w) h). These are found in the range of its product with the
-        random sketch (Halko, Martinsson and Tropp 2011), so that no [d, D] sum is kept.
-        r = min(rank, d, p).
+        random sketch (Halko, Martinsson and Tropp 2011), so that no [d, D] sum is kept; they are
+        the true ones but for the sketch's randomness, or exactly where the sketch has all
+        directions. r = min(rank, d, p).
         """
         mean = self.x / self.tokens
         covariance = self.xx / self.tokens - torch.outer(mean, mean)
         across = self.xy / self.tokens - torch.outer(mean, self.y / self.tokens)
         values, vectors = torch.linalg.eigh(covariance)
         values = values.clamp(min=0)
-        ridge = max(float(_RIDGE * values.mean()), torch.finfo(torch.float64).tiny)
+        ridge = _RIDGE * values.mean() + _ROUNDING * mean.square().mean() + 1e-30
         root = vectors * (values + ridge).rsqrt()
         left = torch.linalg.svd(root.t() @ across, full_matrices=False).U
         return mean.float(), (root @ left[:, : min(rank, left.shape[1])]).float()
 
 
-def sketch_of(
-    column_norms: Tensor, rank: int, hidden_size: int, generator: torch.Generator
-) -> Tensor:
-    """Random directions of a layer's neurons, [D, p] float32, p = min(rank + 32, d, D)."""
-    width = min(rank + OVERSAMPLING, hidden_size, column_norms.numel())
-    drawn = torch.randn(column_norms.numel(), width, generator=generator)
-    return drawn * column_norms.float().unsqueeze(1)
+def sketch_of(num_neurons: int, rank: int, generator: torch.Generator) -> Tensor:
+    """Random directions of a layer's neurons, [D, p] float32; all of them, where p = D."""
+    width = sketch_width(num_neurons, rank)
+    if width == num_neurons:
+        return torch.eye(num_neurons)
+    return torch.randn(num_neurons, width, generator=generator)
+
+
+def sketch_width(num_neurons: int, rank: int) -> int:
+    """p = min(6 * rank + 32, D)."""
+    return min(6 * rank + 32, num_neurons)
 
 
 @dataclass
@@ -121,7 +129,7 @@ class PredictionSums:
         covariance = self.zz[1:, 1:] / tokens - torch.outer(z_mean, z_mean)
         across = self.zh[1:] / tokens - torch.outer(z_mean, h_mean)
         values, vectors = torch.linalg.eigh(covariance)
-        real = values > _DEGENERATE * values.max()
+        real = values > _DEGENERATE
         whiten = vectors * torch.where(real, values.clamp(min=1e-300).rsqrt(), 0.0)
         across = whiten.t() @ across  # [r, D], of white coordinates
         mean_value = values.clamp(min=0).mean()
@@ -138,12 +146,12 @@ class PredictionSums:
 
 
 def flat(sums: Sequence[BasisSums] | Sequence[PredictionSums]) -> dict[str, Tensor]:
-    """The tensors of all layers' sums by name, for a checkpoint."""
+    """The sums of all layers by name, for a checkpoint."""
     return {
         f"{name}.{layer}": value
         for layer, one in enumerate(sums)
         for name, value in vars(one).items()
-        if isinstance(value, Tensor)
+        if name in _SUMS
     }
 
 
@@ -152,6 +160,8 @@ def restore(
 ) -> None:
     """The inverse of `flat`: put the tensors back into sums of the same shapes."""
     for layer, one in enumerate(sums):
-        for name, value in vars(one).items():
-            if isinstance(value, Tensor):
-                setattr(one, name, tensors[f"{name}.{layer}"])
+        for name in vars(one).keys() & _SUMS:
+            setattr(one, name, tensors[f"{name}.{layer}"])
+
+
+_SUMS = {"x", "xx", "y", "xy", "zz", "zh"}

@@ -67,7 +67,8 @@ def add_parser(verbs: Any) -> None:
         type=whole,
         default=32768,
         metavar="N",
-        help="tokens that the basis is chosen from at most, from 1 (default: 32768)",
+        help="tokens that the basis is chosen from, about, from all over the corpus; from 1 "
+        "(default: 32768)",
     )
     parser.add_argument(
         "--error-documents",

@@ -1,0 +1,175 @@
+"""Calibrated decoding at the bytes of plain dropping: by store, by rank, beside the other rules.
+
+    python -m benchmarks.calibration --model smollm2-135m-instruct --text wikitext2_raw_test.txt \\
+        --stores mixed=STORE science=OTHER --ranks 64,128 --keep 0.5 --dense-layers 0-2,28-29 \\
+        --out benchmarks/results/calibration-smollm2
+
+Every row reads at most the bytes of plain dropping at `--keep`: a stand-in's maps are paid for by
+keeping fewer neurons. Writes OUT.json (every number, a window each) and OUT.md (the table).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.report import markdown, provenance, write_json, write_text
+from coreinfer.api import load
+from coreinfer.backends.base import Backend
+from coreinfer.calibration.store import CalibrationStore
+from coreinfer.cli.values import layer_list
+from coreinfer.core.measures import ReadCost
+from coreinfer.evaluation.continuations import Quality, Setting, Window, measure, windows
+from coreinfer.selectors import Impact, Residual, Stability
+from coreinfer.standins import Calibrated, Linear
+
+
+def equal_keep(cost: ReadCost, keep: float, rank: int, hidden: int, element: int) -> float:
+    """The keep of a layer that, with a map of this rank and its offset, reads no more bytes."""
+    neurons, size = cost.num_neurons[0], cost.per_neuron[0]
+    paid = -(-element * (2 * rank + 1) * hidden // size)
+    return max(round(keep * neurons) - paid, 1) / neurons
+
+
+def baselines(
+    cost: ReadCost, keep: float, dense: tuple[int, ...], hidden: int, element: int
+) -> dict[str, Setting]:
+    lower = equal_keep(cost, keep, Linear().rank, hidden, element)
+    return {
+        "stability": Setting(Stability(beta=keep, dense_layers=dense)),
+        "impact": Setting(Impact(beta=keep, dense_layers=dense)),
+        "impact, linear": Setting(Impact(beta=lower, dense_layers=dense), Linear()),
+    }
+
+
+def calibrated(
+    store: CalibrationStore,
+    ranks: Sequence[int],
+    cost: ReadCost,
+    keep: float,
+    dense: tuple[int, ...],
+    hidden: int,
+    element: int,
+) -> dict[str, Setting]:
+    made = {}
+    for rank in ranks:
+        lower = equal_keep(cost, keep, rank, hidden, element)
+        stand_in = Calibrated(calibration=store, rank=rank)
+        rule = Residual(calibration=store, beta=lower, dense_layers=dense)
+        made[f"residual, calibrated {rank}"] = Setting(rule, stand_in)
+        by_impact = Impact(beta=lower, dense_layers=dense)
+        made[f"impact, calibrated {rank}"] = Setting(by_impact, stand_in)
+    return made
+
+
+def rows_of(
+    backend: Backend, texts: Sequence[Window], args: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Quality]]]:
+    """The results of the other rules, then of each store."""
+    cost, dense = backend.cost, args.dense_layers
+    store = CalibrationStore.load(args.stores[0][1])
+    hidden = store.predictions[0].input_mean.numel()
+    element = cost.per_neuron[0] // (args.parts * hidden)
+    sizes = (cost, args.keep, dense, hidden, element)
+    if not args.no_baselines:
+        *_, last = measure(backend, texts, baselines(*sizes), batch_size=args.batch_size)
+        yield "", last
+    for name, path in args.stores:
+        settings = calibrated(CalibrationStore.load(path), args.ranks, *sizes)
+        if args.no_impact:
+            settings = {key: value for key, value in settings.items() if "impact" not in key}
+        *_, last = measure(backend, texts, settings, batch_size=args.batch_size)
+        yield name, last
+
+
+def table(found: dict[str, dict[str, Quality]]) -> str:
+    """A row a setting; KL with the standard error over the windows."""
+    rows = [
+        ["store", "rule, stand-in", "density", "bytes/dense", "perplexity", "KL to dense", "top-1"]
+    ]
+    dense = next(iter(found.values()))["dense"].summary()
+    rows.append(["", "dense", "1.000", "1.000", f"{dense['perplexity']:.1f}", "0", "1"])
+    for store, results in found.items():
+        for name, quality in results.items():
+            if name == "dense":
+                continue
+            s = quality.summary()
+            share = s["bytes_per_token"] / dense["bytes_per_token"]
+            rows.append(
+                [
+                    store,
+                    name,
+                    f"{s['density']:.3f}",
+                    f"{share:.3f}",
+                    f"{s['perplexity']:.1f}",
+                    f"{s['kl']:.3f} ± {s['kl_se']:.3f}",
+                    f"{s['agreement']:.3f}",
+                ]
+            )
+    return markdown(rows)
+
+
+def named_path(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"expected NAME=STORE, got {text!r}")
+    return name, path
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", type=Path, required=True, help="a plain text file")
+    parser.add_argument("--stores", type=named_path, nargs="+", required=True, metavar="NAME=STORE")
+    parser.add_argument("--ranks", type=whole_numbers, default=(64,), help="of the stand-in")
+    parser.add_argument("--keep", type=float, default=0.5, help="whose bytes every row may read")
+    parser.add_argument("--dense-layers", type=layer_list, default=())
+    parser.add_argument("--parts", type=int, default=3, help="rows of a neuron: 3 gated, 2 plain")
+    parser.add_argument("--no-baselines", action="store_true", help="the stores alone")
+    parser.add_argument("--no-impact", action="store_true", help="the residual rule alone")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--prompt-tokens", type=int, default=200)
+    parser.add_argument("--continuation-tokens", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
+    args = parser.parse_args()
+
+    backend = load(args.model, backend="hf", threads=args.threads, on_progress=print).backend
+    texts = windows(
+        backend,
+        args.text.read_text(encoding="utf-8"),
+        count=args.windows,
+        prompt_tokens=args.prompt_tokens,
+        continuation_tokens=args.continuation_tokens,
+    )
+    about = provenance("benchmarks.calibration")
+    title = (
+        f"# Calibrated decoding: {backend.model_name} on {args.text.name}\n\n"
+        f"{args.windows} windows of {args.prompt_tokens} + {args.continuation_tokens} tokens, "
+        f"dense layers {list(args.dense_layers)}, at the bytes of plain dropping at keep "
+        f"{args.keep:g}; {backend.dtype}. ± is the standard error over the windows.\n\n"
+        f"`{about['command']}`\n\n"
+    )
+    found: dict[str, dict[str, Quality]] = {}
+    for store, results in rows_of(backend, texts, args):
+        found[store] = results
+        print(f"{store or 'other rules'}: done", flush=True)
+        rows = {
+            f"{store}: {name}" if store else name: {**q.summary(), "kl_per_window": q.kl}
+            for store, each in found.items()
+            for name, q in each.items()
+        }
+        write_json(args.out.with_suffix(".json"), {"about": about, "rows": rows})
+        write_text(args.out.with_suffix(".md"), title + table(found))
+
+
+if __name__ == "__main__":
+    main()

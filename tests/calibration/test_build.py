@@ -1,0 +1,215 @@
+"""Building a calibration store: what it says, whatever the batches, interruptions and backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coreinfer.backends.hf.session import HfSession
+from coreinfer.calibration.build import CalibrationSettings, memory_needed
+from coreinfer.calibration.store import CalibrationStore
+from coreinfer.calibration.written import write_corpus as write_own
+from coreinfer.errors import UserError
+from coreinfer.jsonl import read_json_lines
+from coreinfer.recording import RecordingPlan
+from coreinfer.runtime.generation import prefill
+from tests.calibration.stores import build
+from tests.semantics.corpora import documents, write_corpus
+from tests.tiny import BOS, tiny_backend
+
+BATCH, DOCUMENTS = 4, 22
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents(DOCUMENTS))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_the_store_says_what_all_tokens_at_once_say(
+    tmp_path: Path, corpus: Path, family: str
+) -> None:
+    backend = tiny_backend(family)
+    store = build(backend, corpus, tmp_path / "s", batch_size=BATCH)
+    seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def observe(layer: int, x: torch.Tensor, h: torch.Tensor) -> None:
+        seen.setdefault(layer, []).append((x.double(), h.double()))
+
+    for text in documents(DOCUMENTS):
+        ids = backend.tokenizer(text).input_ids[:40]
+        prefill(backend, [ids], RecordingPlan(observer=observe))
+    for layer, made in enumerate(store.predictions):
+        x, h = (torch.cat(parts) for parts in zip(*seen[layer], strict=True))
+        sums = store.statistics[layer]
+        assert sums.tokens == len(x)
+        torch.testing.assert_close(sums.square_sum, h.square().sum(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(sums.input_sum, x.sum(0), rtol=1e-4, atol=1e-3)
+        z = made.features(x.float()).double()
+        # the best linear map of these coordinates, a ridge of one token apart
+        best = torch.linalg.lstsq(z, h).solution
+        least = (h - z @ best).square().sum(0)
+        left = made.residual(x.float(), h.float()).double().square().sum(0)
+        assert sums.residual_sum is not None
+        torch.testing.assert_close(sums.residual_sum, left, rtol=1e-3, atol=1e-5)
+        assert (left.sum() - least.sum()) / h.var(0, correction=0).sum() / len(h) < 1e-3
+        assert left.sum() < 0.9 * (h - h.mean(0)).square().sum()  # it does predict
+
+
+def test_batches_do_not_matter(tmp_path: Path, corpus: Path) -> None:
+    one = build(tiny_backend(), corpus, tmp_path / "one", batch_size=1)
+    two = build(tiny_backend(), corpus, tmp_path / "two", batch_size=7)
+    for a, b in zip(one.predictions, two.predictions, strict=True):
+        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+        h = torch.zeros(5, 48)
+        torch.testing.assert_close(a.residual(x, h), b.residual(x, h), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        one.layer_errors.errors, two.layer_errors.errors, rtol=0.05, atol=1e-6
+    )
+
+
+def test_what_is_built_is_written(tmp_path: Path, corpus: Path) -> None:
+    store = build(tiny_backend(), corpus, tmp_path / "s")
+    read = CalibrationStore.load(tmp_path / "s")
+    assert read.describe() == store.describe()
+    assert read.corpus["documents"] == DOCUMENTS
+    assert read.model_fingerprint == tiny_backend().fingerprint
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]  # the work folder is gone
+
+
+def test_layer_errors_fall_to_nothing(tmp_path: Path, corpus: Path) -> None:
+    errors = build(tiny_backend(), corpus, tmp_path / "s").layer_errors
+    assert errors.keeps[-1] == 1.0
+    assert errors.errors.shape == (3, len(errors.keeps))
+    assert (errors.errors[:, -1] == 0).all()
+    assert (errors.errors[:, 0] > 0).all()
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Ctrl-C in the prefill that follows the first `after`."""
+    original: Callable[..., Any] = HfSession.prefill
+    calls = 0
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(HfSession, "prefill", wrapped)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 6, 7, 9, 13, 14, 16])
+def test_it_goes_on_to_the_same_store(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    build(tiny_backend(), corpus, tmp_path / "whole", batch_size=BATCH)
+    with monkeypatch.context() as patched:
+        interrupted(patched, after)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny_backend(), corpus, tmp_path / "store", batch_size=BATCH)
+    assert not (tmp_path / "store").exists()
+    notes: list[str] = []
+    build(tiny_backend(), corpus, tmp_path / "store", batch_size=BATCH, on_note=notes.append)
+    assert files(tmp_path / "store") == files(tmp_path / "whole")
+    if after > 9:
+        assert any(note.startswith("going on") for note in notes)
+
+
+def test_other_settings_start_anew(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tiny_backend(), corpus, tmp_path / "whole", rank=3)
+    with monkeypatch.context() as patched:
+        interrupted(patched, 5)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny_backend(), corpus, tmp_path / "store")
+    notes: list[str] = []
+    build(tiny_backend(), corpus, tmp_path / "store", rank=3, on_note=notes.append)
+    assert files(tmp_path / "store") == files(tmp_path / "whole")
+    assert any("another rank" in note for note in notes)
+
+
+def test_the_memory_is_said_beforehand_and_grows_with_the_model(
+    tmp_path: Path, corpus: Path
+) -> None:
+    notes: list[str] = []
+    build(tiny_backend(), corpus, tmp_path / "s", on_note=notes.append)
+    assert notes[0].startswith("calibration takes up to")
+    llama_7b = [(11008, 4096)] * 32
+    assert memory_needed(llama_7b, 256) < 6e9
+    assert memory_needed(llama_7b, 256) > memory_needed(llama_7b, 64) > 4e9
+
+
+def test_a_model_writes_the_same_corpus_in_one_go_or_two(tmp_path: Path) -> None:
+    backend = tiny_backend()
+    whole, parts = tmp_path / "a", tmp_path / "b"
+    write_own(backend, whole, 256 * 10, 5, progress=False)
+    write_own(backend, parts, 256 * 3, 5, progress=False)
+    with parts.open("ab") as file:
+        file.write(b'{"text": "cut o')  # killed here
+    write_own(backend, parts, 256 * 10, 5, progress=False)
+    assert whole.read_bytes() == parts.read_bytes()
+    texts = [value["text"] for _, value in read_json_lines(whole)]
+    assert len(texts) == 10 == len(set(texts))
+    other = tmp_path / "c"
+    write_own(backend, other, 256, 6, progress=False)
+    assert other.read_bytes() not in whole.read_bytes()
+
+
+def test_a_store_needs_no_corpus(tmp_path: Path) -> None:
+    store = build(tiny_backend(), None, tmp_path / "s", seed=3)
+    assert store.corpus["name"] == "written by the model"
+    assert store.corpus["seed"] == 3
+    assert store.tokens > 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"max_tokens": 3}, "max_tokens"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"basis_tokens": 0}, "basis_tokens"),
+        ({"error_documents": 0}, "error_documents"),
+        ({"own_tokens": 0}, "own_tokens"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CalibrationSettings(**options)
+
+
+def test_a_rank_above_the_width_is_the_width(tmp_path: Path, corpus: Path) -> None:
+    assert build(tiny_backend(), corpus, tmp_path / "s", rank=999).rank == 32
+
+
+def test_a_place_of_something_else_is_refused_before_any_work(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "s").mkdir()
+    with pytest.raises(UserError, match="choose another path"):
+        build(tiny_backend(), corpus, tmp_path / "s")
+
+
+def test_a_corpus_of_nothing_but_single_tokens_is_refused(tmp_path: Path) -> None:
+    path = write_corpus(tmp_path / "c.jsonl", ["a", "b"])
+    with pytest.raises(UserError, match="no document"):
+        build(tiny_backend(), path, tmp_path / "s")
+
+
+def test_a_bos_token_is_not_learnt_from() -> None:
+    backend = tiny_backend()
+    shown: list[int] = []
+    plan = RecordingPlan(observer=lambda _layer, x, _h: shown.append(len(x)))
+    prefill(backend, [[BOS, 5, 6, 7]], plan)
+    assert shown == [3, 3, 3]

@@ -1,0 +1,119 @@
+"""`coreinfer calibrate`, and the verbs that use what it makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli
+from tests.semantics.corpora import documents, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents(12))
+
+
+@pytest.fixture
+def store(cli: Cli, model_dir: Path, corpus: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "store"
+    done = cli(
+        "calibrate", "--model", model_dir, "--backend", "hf", "--corpus", corpus, "--out", out,
+        "--rank", 6, "--error-documents", 1, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    about = json.loads(done.out)
+    assert (about["rank"], about["skipped"], about["num_layers"]) == (6, 0, 3)
+    return out
+
+
+@pytest.mark.parametrize("backend", ["hf", "native"])
+def test_generate_uses_it(cli: Cli, model_dir: Path, store: Path, backend: str) -> None:
+    done = cli(
+        "generate", "--model", model_dir, "--backend", backend, "--raw", "--prompt", "abc cab bb",
+        "--selector", "residual", "--stand-in", "calibrated", "--rank", 4, "--calibration", store,
+        "--beta", 0.5, "--max-new-tokens", 4, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    assert (record["selector"], record["stand_in"]) == ("residual", "calibrated")
+    assert record["density"] == pytest.approx(0.5)
+    assert "no effect" not in done.err
+
+
+def test_select_and_score_use_it(cli: Cli, model_dir: Path, store: Path, tmp_path: Path) -> None:
+    shared = ("--model", model_dir, "--backend", "hf", "--calibration", store)
+    done = cli(
+        "select", *shared, "--selector", "residual", "--prompt", "abc", "--out", tmp_path / "c"
+    )
+    assert done.code == 0, done.err
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"context": "abc cab", "continuation": " bb"}\n')
+    done = cli("score", *shared, "--stand-in", "calibrated", "--pairs", pairs, "--json")
+    assert done.code == 0, done.err
+    assert "no effect" not in done.err
+
+
+def test_static_is_content_with_it(cli: Cli, model_dir: Path, store: Path, tmp_path: Path) -> None:
+    done = cli(
+        "select", "--model", model_dir, "--backend", "hf", "--selector", "static", "--calibration",
+        store, "--prompt", "abc", "--out", tmp_path / "c",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "no effect" not in done.err
+
+
+def test_where_it_is_of_no_use_that_is_said(
+    cli: Cli, model_dir: Path, store: Path, tmp_path: Path
+) -> None:
+    done = cli(
+        "select", "--model", model_dir, "--backend", "hf", "--calibration", store, "--prompt",
+        "abc", "--out", tmp_path / "c",
+    )  # fmt: skip
+    assert done.code == 0
+    assert "--calibration has no effect with --selector impact" in done.err
+
+
+@pytest.mark.parametrize("option", [("--selector", "residual"), ("--stand-in", "calibrated")])
+def test_what_needs_it_says_so(cli: Cli, option: tuple[str, str]) -> None:
+    done = cli("generate", "--prompt", "abc", *option)
+    assert done.code == 2
+    assert f"{option[0]} {option[1]} needs --calibration STORE" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rank", 0), "rank"),
+        (("--alpha", 2), "alpha"),
+        (("--corpus", "no-such-file.jsonl"), "no file at"),
+    ],
+)
+def test_mistakes_are_one_line(
+    cli: Cli, model_dir: Path, tmp_path: Path, arguments: tuple[str, object], message: str
+) -> None:
+    done = cli(
+        "calibrate", "--model", model_dir, "--backend", "hf", "--out", tmp_path / "s", *arguments
+    )
+    assert done.code == 2
+    assert message in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_another_model_is_refused(
+    cli: Cli, store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    other = tmp_path_factory.mktemp("other") / "m"
+    tiny_model(seed=5).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    for option in (("--selector", "residual"), ("--stand-in", "calibrated")):
+        done = cli(
+            "generate", "--model", other, "--backend", "hf", "--raw", "--prompt", "abc",
+            "--calibration", store, *option,
+        )  # fmt: skip
+        assert done.code == 2
+        assert "this calibration store was made for" in done.err
