@@ -191,6 +191,12 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str
         CalibrationSettings(**options)
 
 
+def test_documents_as_long_as_the_context_are_read(tmp_path: Path) -> None:
+    path = write_corpus(tmp_path / "c.jsonl", ["abc " * 300] * 2)
+    store = build(tiny_backend(), path, tmp_path / "s", max_tokens=512)  # the context
+    assert store.tokens == 2 * 511
+
+
 def test_a_rank_above_the_width_is_the_width(tmp_path: Path, corpus: Path) -> None:
     assert build(tiny_backend(), corpus, tmp_path / "s", rank=999).rank == 32
 

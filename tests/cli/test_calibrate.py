@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from coreinfer.calibration.store import CalibrationStore
 from tests.cli.conftest import Cli
 from tests.semantics.corpora import documents, write_corpus
+from tests.semantics.stores import random_store as random_clusters
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,16 @@ def test_where_it_is_of_no_use_that_is_said(
     )  # fmt: skip
     assert done.code == 0
     assert "--calibration has no effect with --selector impact" in done.err
+
+
+def test_info_describes_it_alone_and_beside_clusters(cli: Cli, store: Path) -> None:
+    about = json.loads(cli("info", store, "--json").out)
+    assert (about["kind"], about["rank"]) == ("calibration store", 6)
+    assert "rank: 6" in cli("info", store).out
+    random_clusters().save(store.parent / "both")
+    CalibrationStore.load(store).save(store.parent / "both")
+    both = json.loads(cli("info", store.parent / "both", "--json").out)
+    assert (both["clusters"]["hidden_size"], both["calibration"]["rank"]) == (4, 6)
 
 
 @pytest.mark.parametrize("option", [("--selector", "residual"), ("--stand-in", "calibrated")])

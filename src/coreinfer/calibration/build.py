@@ -55,7 +55,7 @@ class CalibrationSettings:
         rank: of the predictions, at least 1; never above the hidden size.
         alpha: fraction of each token's positive activations that count, in (0, 1].
         seed: of the sketch, and of what the model writes.
-        max_tokens: a longer document is cut to so many tokens, from 4; never above the context.
+        max_tokens: a longer document is cut to so many tokens, from 4; below the context length.
         batch_size: documents prefilled together.
         min_chars: a shorter document is skipped.
         basis_tokens: tokens that the basis is chosen from, about; from all over the corpus.
@@ -174,7 +174,8 @@ class _Build:
         on_note: Callable[[str], None],
         progress: bool,
     ) -> None:
-        most = min(settings.max_tokens, backend.context_length or settings.max_tokens)
+        # A context that is full would leave no room for the answer on which errors are measured.
+        most = min(settings.max_tokens, (backend.context_length or settings.max_tokens + 1) - 1)
         self._reader = TokenCorpus(
             path, backend.tokenizer, most, settings.batch_size, settings.min_chars, skips
         )

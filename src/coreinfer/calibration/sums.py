@@ -24,7 +24,8 @@ class BasisSums:
         tokens: how many were added.
         x: sum of x [d]; xx: of x x^T [d, d].
         y: sum of y [p]; xy: of x y^T [d, p], where y = sketch^T (column_norms * h).
-        sketch: [D, p] float32, random directions; column_norms: |W_down[:, n]|_2, [D] float32.
+        sketch: [D, p] float32, random directions; None is all of them, p = D.
+        column_norms: |W_down[:, n]|_2, [D] float32.
     """
 
     tokens: int
@@ -32,22 +33,23 @@ class BasisSums:
     xx: Tensor
     y: Tensor
     xy: Tensor
-    sketch: Tensor
+    sketch: Tensor | None
     column_norms: Tensor
 
     @classmethod
-    def zeros(cls, sketch: Tensor, column_norms: Tensor, hidden_size: int) -> BasisSums:
+    def zeros(cls, sketch: Tensor | None, column_norms: Tensor, hidden_size: int) -> BasisSums:
         def empty(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
 
-        d, p = hidden_size, sketch.shape[1]
+        d, p = hidden_size, column_norms.numel() if sketch is None else sketch.shape[1]
         return cls(
             0, empty(d), empty(d, d), empty(p), empty(d, p), sketch, column_norms.float().cpu()
         )
 
     def add(self, x: Tensor, h: Tensor) -> None:
         """Add tokens: x [T, d], h [T, D]."""
-        y = ((h.float().cpu() * self.column_norms) @ self.sketch).double()
+        weighted = h.float().cpu() * self.column_norms
+        y = (weighted if self.sketch is None else weighted @ self.sketch).double()
         x = x.double().cpu()
         self.tokens += x.shape[0]
         self.x += x.sum(dim=0)
@@ -76,11 +78,11 @@ class BasisSums:
         return mean.float(), (root @ left[:, : min(rank, left.shape[1])]).float()
 
 
-def sketch_of(num_neurons: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Random directions of a layer's neurons, [D, p] float32; all of them, where p = D."""
+def sketch_of(num_neurons: int, rank: int, generator: torch.Generator) -> Tensor | None:
+    """Random directions of a layer's neurons, [D, p] float32; None where p = D."""
     width = sketch_width(num_neurons, rank)
     if width == num_neurons:
-        return torch.eye(num_neurons)
+        return None
     return torch.randn(num_neurons, width, generator=generator)
 
 

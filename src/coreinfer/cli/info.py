@@ -13,6 +13,9 @@ from coreinfer.cli import options
 from coreinfer.cli.terminal import megabytes, table
 from coreinfer.cli.values import fractions
 
+# What tells a cluster store and a calibration store.
+STORES = ("clusters.json", "calibration.safetensors")
+
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
@@ -46,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     target = args.target or args.model
     if target is None:
         about = describe_machine()
-    elif (Path(target) / "clusters.json").is_file():
-        about = describe_store(target)
+    elif any((Path(target) / name).is_file() for name in STORES):
+        about = describe_store(Path(target))
     elif Path(target).is_file() and not _is_gguf(target):
         about = describe_core_set(target)
     elif _is_converted(target):
@@ -91,9 +94,20 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def describe_store(path: str) -> dict[str, Any]:
+def describe_store(path: Path) -> dict[str, Any]:
+    """A cluster store, a calibration store, or both in one folder."""
+    from coreinfer.calibration.store import CalibrationStore
     from coreinfer.semantics.store import ClusterStore
 
+    clusters, calibration = ((path / name).is_file() for name in STORES)
+    if clusters and calibration:
+        return {
+            "kind": "cluster and calibration store",
+            "clusters": ClusterStore.load(path).describe(),
+            "calibration": CalibrationStore.load(path).describe(),
+        }
+    if calibration:
+        return {"kind": "calibration store", **CalibrationStore.load(path).describe()}
     return {"kind": "cluster store", **ClusterStore.load(path).describe()}
 
 
