@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.report import markdown, provenance, write_json, write_text
@@ -23,6 +24,7 @@ from coreinfer.core.measures import ReadCost
 from coreinfer.evaluation.continuations import Quality, Setting, Window, measure, windows
 from coreinfer.selectors import Impact, Residual, Stability
 from coreinfer.standins import Calibrated, Linear
+from coreinfer.tuning.budgets import Curve, allocate
 
 
 def equal_keep(cost: ReadCost, keep: float, rank: int, hidden: int, element: int) -> float:
@@ -60,7 +62,22 @@ def calibrated(
         made[f"residual, calibrated {rank}"] = Setting(rule, stand_in)
         by_impact = Impact(beta=lower, dense_layers=dense)
         made[f"impact, calibrated {rank}"] = Setting(by_impact, stand_in)
+        by_layer = replace(rule, budgets=half_way(store, lower, dense))
+        made[f"residual by layer, calibrated {rank}"] = Setting(by_layer, stand_in)
     return made
+
+
+def half_way(store: CalibrationStore, keep: float, dense: tuple[int, ...]) -> dict[int, float]:
+    """Budgets of the same bytes, half way from equal ones to those of least error in total."""
+    errors = store.layer_errors
+    sparse = [layer for layer in range(store.num_layers) if layer not in dense]
+    curves = [
+        Curve(errors.keeps, tuple(errors.errors[layer].tolist())).smooth() for layer in sparse
+    ]
+    shares = allocate(curves, keep * len(sparse))
+    return {
+        layer: min((keep + share) / 2, 1.0) for layer, share in zip(sparse, shares, strict=True)
+    }
 
 
 def rows_of(
@@ -77,8 +94,10 @@ def rows_of(
         yield "", last
     for name, path in args.stores:
         settings = calibrated(CalibrationStore.load(path), args.ranks, *sizes)
-        if args.no_impact:
-            settings = {key: value for key, value in settings.items() if "impact" not in key}
+        if args.residual_alone:
+            settings = {
+                key: value for key, value in settings.items() if key.startswith("residual,")
+            }
         *_, last = measure(backend, texts, settings, batch_size=args.batch_size)
         yield name, last
 
@@ -133,7 +152,7 @@ def main() -> None:
     parser.add_argument("--dense-layers", type=layer_list, default=())
     parser.add_argument("--parts", type=int, default=3, help="rows of a neuron: 3 gated, 2 plain")
     parser.add_argument("--no-baselines", action="store_true", help="the stores alone")
-    parser.add_argument("--no-impact", action="store_true", help="the residual rule alone")
+    parser.add_argument("--residual-alone", action="store_true", help="equal budgets, no impact")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--prompt-tokens", type=int, default=200)
     parser.add_argument("--continuation-tokens", type=int, default=60)

@@ -18,10 +18,8 @@ class LayerErrors:
     Attributes:
         keeps: fractions of a layer's neurons, in (0, 1], ascending, at least one.
         errors: [L, len(keeps)] float64, finite, not negative, not increasing along a row. The unit
-            is the share of the residual stream that is lost: the mean over a corpus' tokens of
-            |MLP output - MLP output with the core neurons and the stand-in|^2, divided by the mean
-            over the same tokens of |residual stream after the layer|^2. It is the same for all
-            layers, so errors of layers may be added and compared.
+            is KL(dense || sparse) of the next-token distributions, nats a token, where that layer
+            alone is sparse; it is the same for all layers, so they may be added and compared.
 
     Raises:
         UserError: if they are not so.
