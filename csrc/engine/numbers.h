@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int64_t kTile = 16;
-constexpr int64_t kNeuronBlock = 64;  // neurons whose activations are rounded together
+constexpr int64_t kNeuronBlock = 32;  // neurons whose activations are rounded together
 
 constexpr int64_t pad(int64_t count, int64_t multiple = kTile) {
   return (count + multiple - 1) / multiple * multiple;

@@ -235,7 +235,7 @@ def load(
         _use_threads(threads)
     if backend == "native":
         return LLM(_load_native(model, dtype, device, on_progress))
-    if backend is None and _native_serves(dtype, device):
+    if backend is None and _native_serves(model, dtype, device):
         try:
             return LLM(_load_native(model, dtype, device, on_progress))
         except UnsupportedModelError as error:
@@ -245,10 +245,13 @@ def load(
     return LLM(_load_hf(model, dtype, device, on_progress))
 
 
-def _native_serves(dtype: str | None, device: str | None) -> bool:
+def _native_serves(model: str, dtype: str | None, device: str | None) -> bool:
+    from coreinfer.backends.native.container import is_converted
     from coreinfer.kernels.formats import DTYPES
     from coreinfer.kernels.library import native
 
+    if is_converted(model):
+        return True
     if device not in (None, "cpu") or dtype not in (None, *DTYPES):
         return False
     return native() is not None or dtype in NATIVE_DTYPES

@@ -42,7 +42,7 @@ def test_convert_for_a_person(cli: Cli, tmp_path: Path, dtype: str) -> None:
     tiny_tokenizer().save_pretrained(model)
     run = cli("convert", "--model", model, "--dtype", dtype, "--out", tmp_path / "out")
     assert run.code == 0, run.err
-    bits = {"bfloat16": "16", "int8": "8.25", "int4": "4.5"}[dtype]
+    bits = {"bfloat16": "16", "int8": "8.5", "int4": "4.5"}[dtype]
     assert f"out: model in {dtype}, {bits} bits a weight, 0." in run.out
     text = cli("info", tmp_path / "out").out
     for part in ("kind: converted model", "48 in every layer", f"dtype: {dtype}", "bytes: 0."):
@@ -70,7 +70,7 @@ def test_info_verifies_every_checksum_if_asked(cli: Cli, model_dir: Path, tmp_pa
         (["--dtype", "int3", "--out", "x"], "invalid choice: 'int3'"),
         (["--dtype", "int8", "--group-size", "x", "--out", "x"], "'x' is not a whole number"),
         (["--dtype", "int8", "--group-size", "48", "--out", "x"], "group size of int8 is 48"),
-        (["--dtype", "int8", "--out", "x"], "--group-size 16 or 32"),
+        (["--dtype", "int4", "--out", "x"], "--group-size 16 or 32"),
         (["--dtype", "bfloat16", "--out", "no/such/x"], "no/such"),
     ],
 )

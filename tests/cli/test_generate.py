@@ -246,7 +246,7 @@ def test_a_dtype_of_native_alone_is_not_answered_by_another_backend(
     assert "native backend does not do the architecture 'gpt2'" in refusal(run)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_the_native_backend_answers(
     cli: Cli, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
@@ -255,7 +255,7 @@ def test_the_native_backend_answers(
         "generate", "--model", model_dir, "--backend", "native", "--dtype", dtype, "--prompt", "hi",
         "--max-new-tokens", 5, "--ignore-eos", "--repetition-penalty", 1.1, "--json",
     )  # fmt: skip
-    if dtype == "int8":  # 32 columns are no group of 64
+    if dtype == "int4":  # 32 columns are no group of 64
         assert "group" in refusal(run)
         return
     record = json.loads(run.out)

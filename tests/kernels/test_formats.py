@@ -120,7 +120,7 @@ def test_dequantised_weights_are_rounded_once(dtype: torch.dtype) -> None:
 
 def test_bytes_of_a_row() -> None:
     assert WeightFormat.named("bfloat16").row_bytes(10) == 20
-    assert WeightFormat.named("int8").row_bytes(128) == 128 + 4
+    assert WeightFormat.named("int8").row_bytes(128) == 128 + 8
     assert WeightFormat.named("int4").row_bytes(128) == 64 + 8
     assert WeightFormat.named("int4").bits_per_weight == 4.5
     assert WeightFormat.named("int8", 32) == WeightFormat("int8", 32)

@@ -62,7 +62,7 @@ def test_the_verbs_of_the_api_take_it(folder: Path) -> None:
     assert (record.backend, record.dtype) == ("native", "int8")
     assert record.bytes_per_token < record.dense_bytes_per_token
     core_set = llm.select("ab", Impact(beta=0.5))
-    hf = coreinfer.load(str(folder))
+    hf = coreinfer.load(str(folder), backend="hf")
     core_set.require_model(hf.backend.fingerprint, "tiny")
     (scored,) = llm.score([("ab", "cd")], Dense())
     (same,) = hf.score([("ab", "cd")], Dense())
@@ -77,7 +77,8 @@ def test_a_converted_folder_opens_as_what_it_is(folder: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="int4"):
         coreinfer.load(str(made), backend="native", dtype="int8")
     with pytest.raises(UserError, match="--backend native"):
-        coreinfer.load(str(made))
+        coreinfer.load(str(made), backend="hf")
+    assert coreinfer.load(str(made)).backend.name == "native"
 
 
 def test_what_native_does_not_do_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_what_native_does_not_do_is_refused(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="on the CPU, not on 'cuda'; use --backend hf"):
         coreinfer.load(str(folder), backend="native", device="cuda")
     with pytest.raises(UserError, match="--backend native"):
-        coreinfer.load(str(folder), dtype="int4")
+        coreinfer.load(str(folder), backend="hf", dtype="int4")
     with pytest.raises(UserError, match="hf, native"):
         coreinfer.load(str(folder), backend="other")
     gemma = tmp_path / "gemma"

@@ -56,7 +56,7 @@ def test_the_relu_model_is_decoded_as_transformers_does(shared: Path) -> None:
     folder = str(shared / "models" / "opt-relu")
     native = open_native(folder)
     assert native.weights.config.activation == "relu"
-    loaded = coreinfer.load(folder).backend
+    loaded = coreinfer.load(folder, backend="hf").backend
     stored(loaded.model, native.weights)  # type: ignore[attr-defined]
     for rule in (Dense(), Impact(beta=0.4), Stability(beta=0.4)):
         assert compare(loaded, native, rule) < 1e-3
@@ -67,7 +67,7 @@ def test_the_relu_model_is_decoded_as_transformers_does(shared: Path) -> None:
 @pytest.mark.parametrize(("dtype", "most"), [("int8", 0.01), ("int4", 0.3)])
 def test_the_relu_model_quantised_stays_close(shared: Path, dtype: str, most: float) -> None:
     folder = str(shared / "models" / "opt-relu")
-    native, hf = open_native(folder, dtype=dtype), coreinfer.load(folder).backend
+    native, hf = open_native(folder, dtype=dtype), coreinfer.load(folder, backend="hf").backend
     assert compare(hf, native, Dense()) < most
 
 

@@ -19,7 +19,7 @@ PEER_NAMES = ("transformers", "llama.cpp", "openvino")
 
 _ROOM = 7e8  # bytes of a process beside the weights: libraries, activations, a KV cache
 _MLP_SHARE = 0.65  # of a model's weights
-_BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.5}
+_BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.5, "int4": 4.5}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from coreinfer.errors import UserError
 from coreinfer.kernels.layout import TILE, Packed, PackedDown, PackedMlp
 from coreinfer.kernels.packing_twin import unpack_down, unpack_rows
 
-NEURON_BLOCK = 64  # neurons of a down projection whose activations are rounded together
+NEURON_BLOCK = 32  # neurons of a down projection whose activations are rounded together
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
 
 _SMALLEST = 1e-30  # a group below it counts as zero: 127 / largest must stay finite
