@@ -49,7 +49,14 @@ ALLOWED_IN_MODULES = {
     **{f"calibration.{name}": LOWER | {"runtime"} for name in ("build", "errors", "written")},
 }
 
-OPTIONAL = {"sentence_transformers", "sklearn", "matplotlib", "scipy", "llama_cpp", "openvino_genai"}
+OPTIONAL = {
+    "sentence_transformers",
+    "sklearn",
+    "matplotlib",
+    "scipy",
+    "llama_cpp",
+    "openvino_genai",
+}
 HEAVY_FOR_THE_COMMAND_LINE = {"torch", "transformers", "numpy", "safetensors", *OPTIONAL}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 
@@ -114,4 +115,4 @@ def _split(keys: list[str], pieces: int) -> list[list[str]]:
     """Consecutive pieces of about the same size, none empty."""
     pieces = min(pieces, len(keys))
     ends = [len(keys) * i // pieces for i in range(pieces + 1)]
-    return [keys[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [keys[a:b] for a, b in itertools.pairwise(ends)]
