@@ -145,7 +145,8 @@ class RayCluster:
     def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
         from ray.exceptions import RayError
 
-        free, left, running = list(self._actors), list(enumerate(tasks)), {}
+        free, left = list(self._actors), list(enumerate(tasks))
+        running: dict[Any, tuple[Any, int]] = {}
         try:
             while left or running:
                 while free and left:

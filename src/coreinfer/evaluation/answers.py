@@ -1,0 +1,119 @@
+"""Answers that were computed once are kept: a run that was interrupted goes on, a finished one is
+there at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coreinfer.errors import UserError
+from coreinfer.files import describe_os_error, replace_when_done
+
+Answer = dict[str, Any]  # plain JSON
+
+
+def key_of(*parts: Any) -> str:
+    """A digest of plain JSON: equal for equal values, whatever the order of their keys."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+class Answers:
+    """Answers by key, in a file that grows a line an answer; without a folder, in memory.
+
+    Args:
+        folder: where files of answers lie; it is made if need be.
+        settings: what the answers depend on beside their keys, plain JSON; it names the file.
+
+    Raises:
+        UserError: if the file cannot be read or written.
+    """
+
+    def __init__(self, folder: Path | None = None, settings: Mapping[str, Any] | None = None):
+        self._found: dict[str, Answer] = {}
+        self._path: Path | None = None
+        if folder is None:
+            return
+        self._path = folder / f"{key_of(settings)}.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._found = _read(self._path)
+            else:
+                self._append(json.dumps({"settings": settings}) + "\n")
+        except OSError as error:
+            raise UserError(describe_os_error(error, self._path)) from error
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._found
+
+    def __getitem__(self, key: str) -> Answer:
+        return self._found[key]
+
+    def add(self, answers: Mapping[str, Answer]) -> None:
+        """Keep answers, all of them in one write.
+
+        Raises:
+            UserError: if they cannot be written.
+        """
+        new = {key: answer for key, answer in answers.items() if key not in self._found}
+        lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in new.items()]
+        try:
+            self._append("".join(lines))
+        except OSError as error:
+            raise UserError(describe_os_error(error, str(self._path))) from error
+        self._found |= new
+
+    def _append(self, lines: str) -> None:
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+
+
+def _read(path: Path) -> dict[str, Answer]:
+    """What is whole in a file; a line that was cut off, or follows such a one, is as if not there."""
+    found = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            if "key" in row:
+                found[str(row["key"])] = dict(row["answer"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:  # so that the next line begins afresh
+            file.write("\n")
+    return found
+
+
+class Results:
+    """Finished results by their exact settings, a file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The result that was made with these settings; None if there is none that is whole."""
+        try:
+            found = json.loads(self._file(settings).read_text(encoding="utf-8"))
+            return dict(found["result"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def put(self, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Raises UserError if it cannot be written."""
+        path = self._file(settings)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(describe_os_error(error, path.parent)) from error
+        with replace_when_done(path) as partial:
+            partial.write_text(
+                json.dumps({"settings": settings, "result": result}), encoding="utf-8"
+            )
+
+    def _file(self, settings: Mapping[str, Any]) -> Path:
+        return self._folder / f"{key_of(settings)}.json"
