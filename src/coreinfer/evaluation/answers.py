@@ -74,7 +74,7 @@ class Answers:
 
 
 def _read(path: Path) -> dict[str, Answer]:
-    """What is whole in a file; a line that was cut off, or follows such a one, is as if not there."""
+    """What is whole in a file; a line that was cut off, and what follows it, is as if not there."""
     found = {}
     for line in path.read_bytes().splitlines():
         try:

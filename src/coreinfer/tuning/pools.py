@@ -132,9 +132,10 @@ class RayCluster:
     def __init__(self, spec: WorkerSpec, address: str, jobs: int | None) -> None:
         """Raises UserError if Ray is not installed or its cluster does not answer."""
         require_ray(address)
-        import ray
+        import ray as installed
 
-        self._ray: Any = ray
+        ray: Any = installed  # whose types come and go with the package
+        self._ray = ray
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         cpus = spec.threads or 1
         most = max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
