@@ -16,12 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.report import markdown, provenance, write_json, write_text
+from benchmarks.texts import add_window_options, read_windows
 from coreinfer.api import load
 from coreinfer.backends.base import Backend
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.values import layer_list
 from coreinfer.core.measures import ReadCost
-from coreinfer.evaluation.continuations import Quality, Setting, Window, measure, windows
+from coreinfer.evaluation.continuations import Quality, Setting, Window, measure
 from coreinfer.selectors import Impact, Residual, Stability
 from coreinfer.standins import Calibrated, Linear
 from coreinfer.tuning.budgets import Curve, allocate
@@ -145,7 +146,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--text", type=Path, required=True, help="a plain text file")
     parser.add_argument("--stores", type=named_path, nargs="+", required=True, metavar="NAME=STORE")
     parser.add_argument("--ranks", type=whole_numbers, default=(64,), help="of the stand-in")
     parser.add_argument("--keep", type=float, default=0.5, help="whose bytes every row may read")
@@ -153,22 +153,14 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=3, help="rows of a neuron: 3 gated, 2 plain")
     parser.add_argument("--no-baselines", action="store_true", help="the stores alone")
     parser.add_argument("--residual-alone", action="store_true", help="equal budgets, no impact")
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--prompt-tokens", type=int, default=200)
-    parser.add_argument("--continuation-tokens", type=int, default=60)
+    add_window_options(parser)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
 
     backend = load(args.model, backend="hf", threads=args.threads, on_progress=print).backend
-    texts = windows(
-        backend,
-        args.text.read_text(encoding="utf-8"),
-        count=args.windows,
-        prompt_tokens=args.prompt_tokens,
-        continuation_tokens=args.continuation_tokens,
-    )
+    texts = read_windows(backend, args)
     about = provenance("benchmarks.calibration")
     title = (
         f"# Calibrated decoding: {backend.model_name} on {args.text.name}\n\n"

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import markdown, provenance, write_json, write_text
+from benchmarks.texts import add_window_options, read_windows
 from coreinfer.api import in_batches, load
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.values import fractions, layer_list
-from coreinfer.evaluation.continuations import Quality, Setting, Window, measure, windows
+from coreinfer.evaluation.continuations import Quality, Setting, Window, measure
 from coreinfer.selectors import SELECTORS, Selector
 from coreinfer.semantics.store import ClusterStore
 from coreinfer.standins import STAND_INS
@@ -155,7 +156,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--text", type=Path, required=True, help="a plain text file")
     parser.add_argument(
         "--clusters", help="cluster store; rules that need one are left out without"
     )
@@ -164,9 +164,7 @@ def main() -> None:
     parser.add_argument("--stand-ins", nargs="+", default=("none", *STAND_INS))
     parser.add_argument("--keeps", type=fractions, default=(0.2, 0.4, 0.6, 0.8))
     parser.add_argument("--dense-layers", type=layer_list, default=())
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--prompt-tokens", type=int, default=200)
-    parser.add_argument("--continuation-tokens", type=int, default=60)
+    add_window_options(parser)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, help="threads of each process")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
@@ -174,13 +172,7 @@ def main() -> None:
     args = parser.parse_args()
 
     backend = load(args.model, backend="hf", threads=args.threads, on_progress=print).backend
-    texts = windows(
-        backend,
-        args.text.read_text(encoding="utf-8"),
-        count=args.windows,
-        prompt_tokens=args.prompt_tokens,
-        continuation_tokens=args.continuation_tokens,
-    )
+    texts = read_windows(backend, args)
     about = provenance("benchmarks.quality")
     title = (
         f"# {backend.model_name} on {args.text.name}\n\n"

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import markdown, provenance, write_json, write_text
+from benchmarks.texts import add_window_options, read_windows
 from coreinfer.api import load
 from coreinfer.backends.base import Backend
 from coreinfer.benchmarks.gguf_files import bytes_read, gguf_of
 from coreinfer.benchmarks.job import Job
 from coreinfer.benchmarks.peers import LlamaCppEngine
 from coreinfer.benchmarks.target import Target
-from coreinfer.evaluation.continuations import Window, standard_error, windows
+from coreinfer.core.measures import kl_by_token
+from coreinfer.evaluation.continuations import Window, standard_error
 from coreinfer.recording import RecordingPlan
 
 PEER_FORMS = ("Q8_0", "Q4_0")
@@ -77,7 +79,7 @@ def row(
         found = decode(window).log_softmax(dim=-1)
         tokens = torch.tensor(window.continuation[1:]).unsqueeze(-1)
         nll.append(-float(found.gather(-1, tokens).double().mean()))
-        kl.append(float((reference.exp() * (reference - found)).sum(dim=-1).double().mean()))
+        kl.append(float(kl_by_token(reference, found).double().mean()))
         same = found.argmax(dim=-1) == reference.argmax(dim=-1)
         agreement.append(float(same.double().mean()))
     return {
@@ -95,22 +97,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--prompt-tokens", type=int, default=200)
-    parser.add_argument("--continuation-tokens", type=int, default=60)
+    add_window_options(parser)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
 
     reference = load(args.model, backend="hf", dtype="float32", threads=args.threads).backend
-    texts = windows(
-        reference,
-        args.text.read_text(encoding="utf-8"),
-        count=args.windows,
-        prompt_tokens=args.prompt_tokens,
-        continuation_tokens=args.continuation_tokens,
-    )
+    texts = read_windows(reference, args)
     decode = by_backend(reference)
     dense = [decode(window).log_softmax(dim=-1) for window in texts]
     rows = [row("hf float32", reference.cost.dense, decode, texts, dense)]

@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.report import markdown, provenance, write_json, write_text
@@ -26,6 +25,7 @@ from coreinfer.backends.base import Phase
 from coreinfer.backends.hf.session import HfBackend
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.values import fractions
+from coreinfer.core.measures import kl_by_token
 from coreinfer.evaluation.continuations import Setting, standard_error, widest, windows
 from coreinfer.runtime.generation import Prefilled, prefill
 from coreinfer.selectors import Dense, Impact, Residual
@@ -113,8 +113,7 @@ def main() -> None:
                 count.columns = 0
                 sparse = log_probabilities(fork, fed)
             dense = sparse if dense is None else dense
-            kl = torch.nn.functional.kl_div(sparse, dense, reduction="none", log_target=True)
-            rows[name].kl.append(float(kl.sum(dim=-1).double().mean()))
+            rows[name].kl.append(float(kl_by_token(dense, sparse).double().mean()))
             kept = sum(
                 (size - column) * choice.core_set.kept(layer)
                 for layer, size in enumerate(cost.per_neuron)

@@ -22,7 +22,6 @@ from coreinfer.selectors import Dense, Impact, Selector
 from coreinfer.standins import Linear, StandIn
 
 BACKENDS = ("hf", "native")
-NATIVE_DTYPES = ("int8", "int4")  # that no other backend has
 
 # What the quality tables in benchmarks/results find best at equal bytes.
 DEFAULT_SELECTOR = Impact()
@@ -239,7 +238,7 @@ def load(
         try:
             return LLM(_load_native(model, dtype, device, on_progress))
         except UnsupportedModelError as error:
-            if dtype in NATIVE_DTYPES:
+            if dtype in _native_dtypes():
                 raise
             on_progress(f"on the hf backend: {str(error).split('; ')[0]}")
     return LLM(_load_hf(model, dtype, device, on_progress))
@@ -254,7 +253,14 @@ def _native_serves(model: str, dtype: str | None, device: str | None) -> bool:
         return True
     if device not in (None, "cpu") or dtype not in (None, *DTYPES):
         return False
-    return native() is not None or dtype in NATIVE_DTYPES
+    return native() is not None or dtype in _native_dtypes()
+
+
+def _native_dtypes() -> tuple[str, ...]:
+    """Those that no other backend has."""
+    from coreinfer.models.loading import NATIVE_DTYPES
+
+    return NATIVE_DTYPES
 
 
 def _load_native(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.generation import prefill
 from coreinfer.semantics.work import WorkFolder
 from tests.calibration.stores import build
+from tests.interrupting import files, interrupt
 from tests.semantics.corpora import documents, write_corpus
 from tests.tiny import BOS, tiny_backend
 
@@ -28,10 +28,6 @@ BATCH, DOCUMENTS = 4, 22
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl", documents(DOCUMENTS))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
@@ -94,21 +90,6 @@ def test_layer_errors_fall_to_nothing(tmp_path: Path, corpus: Path) -> None:
     assert (errors.errors[:, 0] > 0).all()
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Ctrl-C in the prefill that follows the first `after`."""
-    original: Callable[..., Any] = HfSession.prefill
-    calls = 0
-
-    def wrapped(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise KeyboardInterrupt
-        return original(*args, **options)
-
-    monkeypatch.setattr(HfSession, "prefill", wrapped)
-
-
 @pytest.mark.parametrize("after", [0, 1, 2, 6, 7, 9, 13, 14, 16])
 def test_it_goes_on_to_the_same_store(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, after: int
@@ -117,7 +98,7 @@ def test_it_goes_on_to_the_same_store(
     # A checkpoint after every batch, however long writing one takes on a busy machine.
     monkeypatch.setattr(WorkFolder, "is_due", property(lambda _self: True))
     with monkeypatch.context() as patched:
-        interrupted(patched, after)
+        interrupt(patched, HfSession, "prefill", after)
         with pytest.raises(KeyboardInterrupt):
             build(tiny_backend(), corpus, tmp_path / "store", batch_size=BATCH)
     assert not (tmp_path / "store").exists()
@@ -133,7 +114,7 @@ def test_other_settings_start_anew(
 ) -> None:
     build(tiny_backend(), corpus, tmp_path / "whole", rank=3)
     with monkeypatch.context() as patched:
-        interrupted(patched, 5)
+        interrupt(patched, HfSession, "prefill", 5)
         with pytest.raises(KeyboardInterrupt):
             build(tiny_backend(), corpus, tmp_path / "store")
     notes: list[str] = []

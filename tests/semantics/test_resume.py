@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from coreinfer.errors import UserError
 from coreinfer.semantics.encoders import CoreEncoder
 from coreinfer.semantics.store import ClusterStore
 from coreinfer.semantics.work import WorkFolder
+from tests.interrupting import files, interrupt
 from tests.semantics.corpora import build, documents, write_corpus
 from tests.tiny import tiny_backend
 
@@ -39,25 +39,6 @@ def uninterrupted(corpus: Path) -> dict[str, bytes]:
     out = corpus.parent / "whole"
     build(tiny_backend(), corpus, out, batch_size=BATCH)
     return files(out)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, after: int) -> None:
-    """Ctrl-C in the call of a method that follows the first `after`."""
-    original: Callable[..., Any] = getattr(owner, method)
-    calls = 0
-
-    def wrapped(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise KeyboardInterrupt
-        return original(*args, **options)
-
-    monkeypatch.setattr(owner, method, wrapped)
 
 
 @pytest.mark.parametrize("after", range(2 * BATCHES))

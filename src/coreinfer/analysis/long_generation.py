@@ -9,7 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from coreinfer.backends.base import Backend, Phase, Session
-from coreinfer.evaluation.continuations import Setting, Window, kl_by_token, widest
+from coreinfer.core.measures import kl_by_token
+from coreinfer.evaluation.continuations import Setting, Window, widest
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.generation import prefill
 

@@ -10,6 +10,7 @@ from coreinfer.benchmarks.job import Job
 from coreinfer.benchmarks.machine import cores
 from coreinfer.benchmarks.target import Target
 from coreinfer.errors import UserError, require_ratio, require_whole
+from coreinfer.kernels.formats import WeightFormat
 
 NATIVE_DTYPES = ("bfloat16", "int8", "int4")
 HF_DTYPES = ("float32", "bfloat16")
@@ -19,7 +20,6 @@ PEER_NAMES = ("transformers", "llama.cpp", "openvino")
 
 _ROOM = 7e8  # bytes of a process beside the weights: libraries, activations, a KV cache
 _MLP_SHARE = 0.65  # of a model's weights
-_BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.5, "int4": 4.5}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def memory_of(job: Job, target: Target) -> float:
     """
     if job.gguf is not None:
         return Path(job.gguf).stat().st_size * 1.1 + _ROOM
-    size = target.parameters * _BITS[job.dtype] / 8
+    bits = 32.0 if job.dtype == "float32" else WeightFormat.named(job.dtype).bits_per_weight
+    size = target.parameters * bits / 8
     if job.engine == "native":  # it copies what is kept, from a mapped file
         size *= 1 - _MLP_SHARE * (1 - job.keep)
     elif job.keep < 1:  # a copy beside the whole

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from coreinfer.backends.base import Backend, Phase
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.core.layer_errors import LayerErrors
+from coreinfer.core.measures import kl_by_token
 from coreinfer.core.selection import neuron_budget, top_neurons
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.generation import Prefilled, prefill
@@ -98,8 +99,7 @@ def _kl(
     rule = Residual(calibration=store, beta=SCALE_KEEP, dense_layers=others)
     fork.session.select(rule, Calibrated(calibration=store))
     sparse = _distributions(fork, after)
-    kl = torch.nn.functional.kl_div(sparse, dense, reduction="none", log_target=True)
-    return float(kl.double().sum(dim=-1).mean())
+    return float(kl_by_token(dense, sparse).double().mean())
 
 
 def _distributions(read: Prefilled, tokens: Sequence[int]) -> Tensor:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer.cli import options
+from coreinfer.cli.reading import CORPUS_FILE, add_reading_options
 from coreinfer.cli.terminal import Skipped, note
-from coreinfer.cli.values import number, whole
+from coreinfer.cli.values import whole
 
 
 def add_parser(verbs: Any) -> None:
@@ -24,8 +25,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--corpus",
         metavar="FILE",
-        help="a .jsonl file (an object with 'text', or a string, a line), or text with blank lines "
-        "between documents (default: what the model writes by itself)",
+        help=f"{CORPUS_FILE} (default: what the model writes by itself)",
     )
     parser.add_argument(
         "--out",
@@ -41,27 +41,7 @@ def add_parser(verbs: Any) -> None:
         help="rank of the predictions, from 1: what selection pays for; what decode pays for is "
         "the --rank of the stand-in (default: 256)",
     )
-    parser.add_argument(
-        "--alpha",
-        type=number,
-        default=0.4,
-        metavar="A",
-        help="fraction of a token's positive activations that count, above 0 to 1 (default: 0.4)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=whole,
-        default=512,
-        metavar="N",
-        help="tokens read of a document at most, from 4 (default: 512)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=whole,
-        default=8,
-        metavar="N",
-        help="documents prefilled together, from 1 (default: 8)",
-    )
+    add_reading_options(parser, least_tokens=4)
     parser.add_argument(
         "--basis-tokens",
         type=whole,

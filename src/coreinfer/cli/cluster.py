@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer.cli import options
+from coreinfer.cli.reading import CORPUS_FILE, add_reading_options
 from coreinfer.cli.terminal import Skipped, note
-from coreinfer.cli.values import number, whole
+from coreinfer.cli.values import whole
 
 
 def add_parser(verbs: Any) -> None:
@@ -24,8 +25,7 @@ def add_parser(verbs: Any) -> None:
         "--corpus",
         required=True,
         metavar="FILE",
-        help="a .jsonl file (an object with 'text', or a string, a line), or text with blank lines "
-        "between documents",
+        help=CORPUS_FILE,
     )
     parser.add_argument("--out", required=True, metavar="STORE", help="the folder to write")
     parser.add_argument(
@@ -47,27 +47,7 @@ def add_parser(verbs: Any) -> None:
         metavar="K",
         help="number of clusters, from 1 (default: where more explain little more, at most 16)",
     )
-    parser.add_argument(
-        "--alpha",
-        type=number,
-        default=0.4,
-        metavar="A",
-        help="fraction of a token's positive activations that count, above 0 to 1 (default: 0.4)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=whole,
-        default=512,
-        metavar="N",
-        help="tokens read of a document at most, from 2 (default: 512)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=whole,
-        default=8,
-        metavar="N",
-        help="documents prefilled together, from 1 (default: 8)",
-    )
+    add_reading_options(parser, least_tokens=2)
     parser.add_argument(
         "--seed",
         type=whole,

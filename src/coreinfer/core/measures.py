@@ -1,4 +1,4 @@
-"""What core sets are measured by: overlap, stability, density, bytes read per token."""
+"""What core sets are measured by: overlap, stability, KL, density, bytes read per token."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from coreinfer.core.coreset import CoreSet
 
@@ -35,6 +36,11 @@ def stability_curve(sets: Sequence[CoreSet]) -> list[float]:
     neurons: how soon the set of the whole prompt is known.
     """
     return [mean_overlap(one.layers, sets[-1].layers) for one in sets]
+
+
+def kl_by_token(dense: Tensor, sparse: Tensor) -> Tensor:
+    """KL(dense || sparse), nats, of log-probabilities [..., V]: [...]."""
+    return kl_div(sparse, dense, reduction="none", log_target=True).sum(dim=-1)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from coreinfer.backends.base import Backend
+from coreinfer.core.measures import kl_by_token
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.generation import Prefilled, prefill
@@ -187,11 +188,6 @@ def _distributions(read: Prefilled, continuations: Sequence[Sequence[int]]) -> T
     """Log-probabilities at the second and later tokens of each continuation, [B, T - 1, V]."""
     blocks = [logits for start, logits in continuation_logits(read, continuations) if start > 0]
     return torch.cat(blocks, dim=1).float().log_softmax(dim=-1)
-
-
-def kl_by_token(dense: Tensor, sparse: Tensor) -> Tensor:
-    """KL(dense || sparse), nats, of log-probabilities [..., V]: [...]."""
-    return torch.nn.functional.kl_div(sparse, dense, reduction="none", log_target=True).sum(dim=-1)
 
 
 def _add(quality: Quality, dense: Tensor, sparse: Tensor, tokens: Sequence[int]) -> None:

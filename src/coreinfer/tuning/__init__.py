@@ -1,1 +1,1 @@
-"""Searching for the settings that keep a quality budget at the fewest bytes, or the reverse."""
+"""Which bytes serve best: budgets by layer from measured errors."""
