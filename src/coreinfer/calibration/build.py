@@ -187,7 +187,7 @@ class _Build:
 
     def basis(self, made_with: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """First stage: (x_mean, basis) of each layer, from tokens of all over the corpus."""
-        sizes, norms = self._anatomy()
+        sizes, norms = self._anatomy
         rank = min(self._settings.rank, *(hidden for _, hidden in sizes))
         needed = memory_needed(sizes, rank)
         self._on_note(f"calibration takes up to {needed / 1e9:.1f} GB beside the model")
@@ -242,7 +242,7 @@ class _Build:
         identity: dict[str, Any],
     ) -> CalibrationStore:
         """The pass over the whole corpus, and what is made of its sums."""
-        sizes, _ = self._anatomy()
+        sizes, _ = self._anatomy
         sums = [
             PredictionSums.zeros(mean, directions, neurons)
             for (mean, directions), (neurons, _) in zip(basis, sizes, strict=True)
@@ -317,6 +317,7 @@ class _Build:
         )
         return sorted(islice(long, 2 * wanted), key=len)[-wanted:]
 
+    @cached_property
     def _anatomy(self) -> tuple[list[tuple[int, int]], Callable[[int], Tensor]]:
         """(D, d) of every layer, and layer -> |W_down[:, n]|_2."""
         evidence = self._read([[0]], RecordingPlan())[0]
