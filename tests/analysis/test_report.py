@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import matplotlib
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from coreinfer.analysis.charts import HATCHES, LINES, MARKERS, draw, inline, svg
@@ -199,6 +199,7 @@ CELLS = st.one_of(
 
 
 @given(st.lists(st.tuples(CELLS, CELLS), max_size=5))
+@example([(None, "\r"), ("\n", '"\r\n')])
 def test_sections_and_csv_come_back_as_they_were(rows: list[tuple[Cell, Cell]]) -> None:
     table = Table("t", "c", ("a", 'b, "c"'), tuple(rows))
     one = Section("q", "t", "", "m", ("f",), (Figure(table, KINDS["lines"]),), (table,), {"k": 1})

@@ -30,7 +30,7 @@ def test_a_folder_gets_the_page_the_data_and_the_drawing(tmp_path: Path) -> None
     names = {path.name for path in (tmp_path / "out").iterdir()}
     stem = "counting-tiny-llama-numbers"
     assert names == {"report.html", f"{stem}.csv", f"{stem}.svg", "work"}
-    csv = (tmp_path / "out" / f"{stem}.csv").read_text(encoding="utf-8")
+    csv = (tmp_path / "out" / f"{stem}.csv").read_bytes().decode("utf-8")
     assert csv == section.figures[0].table.to_csv()
     assert "How often &lt;asked&gt;" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 

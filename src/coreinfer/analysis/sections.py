@@ -41,7 +41,7 @@ class Table:
     def to_csv(self) -> str:
         """RFC 4180 with a head; numbers in full, so that reading them gives the same ones."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv.writer(text)  # a lone \r in a cell is quoted only where lines end in \r\n
         writer.writerow(self.columns)
         writer.writerows(["" if cell is None else cell for cell in row] for row in self.rows)
         return text.getvalue()
