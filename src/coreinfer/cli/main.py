@@ -24,12 +24,16 @@ from coreinfer.cli import (
     score,
     select,
 )
+from coreinfer.cli import eval as evaluate
 from coreinfer.cli.config import expand_config
 from coreinfer.cli.terminal import warn
 from coreinfer.errors import UserError
 from coreinfer.files import describe_os_error
 
-VERBS = (generate, chat, select, cluster, calibrate, score, bench, analyze, info, pull, convert)
+VERBS = (
+    generate, chat, select, cluster, calibrate, score, evaluate, bench, analyze, info, pull,
+    convert,
+)  # fmt: skip
 
 DESCRIPTION = """\
 Decode large language models with their core neurons: the few MLP neurons that matter

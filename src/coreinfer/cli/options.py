@@ -88,18 +88,11 @@ def add_config_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_selection_options(parser: argparse.ArgumentParser) -> None:
+def add_selection_options(parser: argparse.ArgumentParser, *, one_rule: bool = True) -> None:
+    """Without `one_rule`, the verb has rules of its own and these are the options of them all."""
     group = parser.add_argument_group("which neurons are kept")
-    group.add_argument(
-        "--selector",
-        default="impact",
-        choices=SELECTOR_NAMES,
-        help="the rule. impact: largest contribution |h| * |W_down column| (default); stability: "
-        "the prompt's most counted neurons (the paper's rule); similarity: those of the nearest "
-        "cluster of a corpus; auto: a blend of these two; griffin: normalised |h|; residual: "
-        "what a calibration cannot predict of a neuron; controls: static (one set for all), "
-        "random, oracle (from the answer itself); dense: all neurons",
-    )
+    if one_rule:
+        _add_one_rule(group)
     group.add_argument(
         "--alpha",
         type=number,
@@ -172,11 +165,6 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         help="auto: cosine below which no cluster is near, -1 to 1 (default: the encoder's own)",
     )
     group.add_argument(
-        "--core-set",
-        metavar="FILE",
-        help="decode with this core set, made by 'coreinfer select', instead of a rule",
-    )
-    group.add_argument(
         "--seed",
         type=whole,
         default=0,
@@ -185,16 +173,35 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_stand_in_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what takes the place of the dropped neurons")
+def _add_one_rule(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--stand-in",
-        default="linear",
-        choices=STAND_IN_NAMES,
-        help="linear: a low-rank linear map of the MLP's input, fitted on the prompt (default); "
-        "calibrated: what the calibration predicts of them, corrected on the prompt; mean: their "
-        "mean over the prompt; none: they are dropped, as in the paper",
+        "--selector",
+        default="impact",
+        choices=SELECTOR_NAMES,
+        help="the rule. impact: largest contribution |h| * |W_down column| (default); stability: "
+        "the prompt's most counted neurons (the paper's rule); similarity: those of the nearest "
+        "cluster of a corpus; auto: a blend of these two; griffin: normalised |h|; residual: "
+        "what a calibration cannot predict of a neuron; controls: static (one set for all), "
+        "random, oracle (from the answer itself); dense: all neurons",
     )
+    group.add_argument(
+        "--core-set",
+        metavar="FILE",
+        help="decode with this core set, made by 'coreinfer select', instead of a rule",
+    )
+
+
+def add_stand_in_options(parser: argparse.ArgumentParser, *, one_rule: bool = True) -> None:
+    group = parser.add_argument_group("what takes the place of the dropped neurons")
+    if one_rule:
+        group.add_argument(
+            "--stand-in",
+            default="linear",
+            choices=STAND_IN_NAMES,
+            help="linear: a low-rank linear map of the MLP's input, fitted on the prompt "
+            "(default); calibrated: what the calibration predicts of them, corrected on the "
+            "prompt; mean: their mean over the prompt; none: they are dropped, as in the paper",
+        )
     group.add_argument(
         "--rank",
         type=whole,
@@ -247,8 +254,8 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def selector_from(args: argparse.Namespace) -> Selector:
-    """The selector that the options describe.
+def selector_from(args: argparse.Namespace, *, quiet: bool = False) -> Selector:
+    """The selector that the options describe; `quiet` about those it has no use for.
 
     Raises:
         UserError: if a value is out of range, or a store or core set is missing or damaged.
@@ -280,13 +287,14 @@ def selector_from(args: argparse.Namespace) -> Selector:
             )
     if getattr(args, "stand_in", None) == "calibrated" or args.selector == "static":
         takes.setdefault("calibration", None)  # it is of use, though not to the rule
-    _point_out(given.keys() - takes.keys() - {"seed"}, f"--selector {args.selector}")
+    if not quiet:
+        _point_out(given.keys() - takes.keys() - {"seed"}, f"--selector {args.selector}")
     known = rule.__dataclass_fields__
     return rule(**{name: value for name, value in given.items() if name in takes and name in known})
 
 
-def stand_in_from(args: argparse.Namespace) -> StandIn | None:
-    """The stand-in that the options describe; None drops.
+def stand_in_from(args: argparse.Namespace, *, quiet: bool = False) -> StandIn | None:
+    """The stand-in that the options describe, None to drop; `quiet` about what it does not use.
 
     Raises:
         UserError: if a value is out of range.
@@ -297,13 +305,15 @@ def stand_in_from(args: argparse.Namespace) -> StandIn | None:
         name: value for name in ("rank", "ridge") if (value := getattr(args, name)) is not None
     }
     if args.stand_in == "none":
-        _point_out(set(given), "--stand-in none")
+        if not quiet:
+            _point_out(set(given), "--stand-in none")
         return None
     made = STAND_INS[args.stand_in]
     takes = {field.name for field in fields(made)}
     if "calibration" in takes:
         given["calibration"] = calibration_from(args, f"--stand-in {args.stand_in}")
-    _point_out(given.keys() - takes, f"--stand-in {args.stand_in}")
+    if not quiet:
+        _point_out(given.keys() - takes, f"--stand-in {args.stand_in}")
     return made(**{name: value for name, value in given.items() if name in takes})
 
 

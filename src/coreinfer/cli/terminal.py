@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def warn(message: str) -> None:
@@ -36,6 +37,35 @@ def progress(message: str) -> None:
     """What is going on, on stderr, where a person watches."""
     if sys.stderr.isatty():
         print(message, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A progress bar on stderr, where a person watches; one task after the other."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr  # which a library may redirect while we show
+        self._task: str | None = None
+        self._bar: Any = None
+
+    def show(self, task: str, done: int, total: int) -> None:
+        """`done` of `total`; another task is another bar, and no bar goes back."""
+        from tqdm import tqdm
+
+        if task != self._task:
+            self.close()
+            self._task = task
+            self._bar = tqdm(desc=task, total=total, file=self._stream, disable=None, leave=False)
+        self._bar.update(max(0, done - self._bar.n))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def megabytes(size: float) -> str:

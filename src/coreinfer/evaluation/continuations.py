@@ -72,6 +72,16 @@ class Setting:
     selector: Selector
     stand_in: StandIn | None = None
 
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON."""
+        stand_in = None if self.stand_in is None else self.stand_in.describe()
+        return {"selector": self.selector.describe(), "stand_in": stand_in}
+
+    @property
+    def uses_a_store(self) -> bool:
+        parts = [part for part in self.describe().values() if part is not None]
+        return any(part.get(name) for part in parts for name in ("clusters", "calibration"))
+
 
 @dataclass
 class Quality:
@@ -135,7 +145,8 @@ def measure(
     Raises:
         UserError: if a setting does not fit the model.
     """
-    everything = {"dense": Setting(Dense()), **settings}
+    dense_rule = next((Dense.beside(s.selector) for s in settings.values()), Dense())
+    everything = {"dense": Setting(dense_rule), **settings}
     for setting in everything.values():
         backend.check(setting.selector, setting.stand_in)
     plan = widest(everything.values())
@@ -182,6 +193,22 @@ def widest(settings: Iterable[Setting]) -> RecordingPlan:
         sample_tokens=max(samples, default=None),
         calibration=next(iter(calibrations), None),
     )
+
+
+def sharing_a_prefill(settings: Mapping[str, Setting]) -> list[list[str]]:
+    """The names of the settings in groups, each of which one recording serves."""
+    groups: list[list[str]] = []
+    for name, setting in settings.items():
+        for group in groups:
+            try:
+                widest([*(settings[other] for other in group), setting])
+            except UserError:
+                continue
+            group.append(name)
+            break
+        else:
+            groups.append([name])
+    return groups
 
 
 def _distributions(read: Prefilled, continuations: Sequence[Sequence[int]]) -> Tensor:
