@@ -1,4 +1,4 @@
-// Inputs of a product: float32, or rounded to eight bits in groups.
+// Inputs of a product: float32, or rounded in groups to one or two digits of eight bits.
 #pragma once
 
 #include "numbers.h"
@@ -7,10 +7,12 @@ namespace {
 
 // A row's inputs, in one worker's memory.
 struct Inputs {
-  const float* x;    // for bfloat16 weights
-  int8_t* q;         // for int8 and int4: x ~ q * step
-  float* step;       // [groups]
-  int32_t* sum;      // [groups]: of q
+  const float* x = nullptr;    // for bfloat16 weights
+  int8_t* q = nullptr;         // for int8 and int4: x ~ q * step
+  int8_t* rest = nullptr;      // for int8, whose weights deserve it: x ~ (q + rest / 254) * step
+  float* step = nullptr;       // [groups]
+  int32_t* sum = nullptr;      // [groups]: of q
+  int32_t* rest_sum = nullptr;
 };
 
 // The inputs of up to eight rows that share a weight matrix.
@@ -20,23 +22,35 @@ struct Batch {
 };
 
 constexpr float kSmallest = 1e-30f;  // below it a group counts as zero
+constexpr float kRestParts = 254.0f;  // of a step: what is left is half of one at most, +-127
 
-// Rounds `count` numbers (a multiple of 16) that `read` gives 16 at a time, to 127ths of the largest.
+inline bool has_rest(int32_t dtype) { return dtype == CI_INT8; }
+
+// Rounds group `group` at `start`, `count` numbers (a multiple of 16) that `read` gives 16 at a time,
+// to 127ths of the largest, and with_rest what is left of each to 254ths of those.
 template <class S, class Read>
-void round_group(const Read& read, int64_t count, int8_t* q, float* step, int32_t* sum) {
+void round_group(const Read& read, int64_t start, int64_t count, int64_t group, bool with_rest,
+                 Inputs& inputs) {
   typename S::F largest = S::zero();
   for (int64_t i = 0; i < count; i += kTile) largest = S::max(largest, S::abs(read(i)));
   const float top = S::largest(largest);
   const bool is_zero = !(top >= kSmallest);
   const typename S::F inverse = S::set(is_zero ? 0.0f : 127.0f / top);
-  typename S::I total = S::set_int(0);
+  typename S::I total = S::set_int(0), rest_total = S::set_int(0);
   for (int64_t i = 0; i < count; i += kTile) {
-    const typename S::I rounded = S::round(S::mul(read(i), inverse));
+    const typename S::F steps = S::mul(read(i), inverse);
+    const typename S::I rounded = S::round(steps);
     total = S::add_int(total, rounded);
-    S::store_int8(q + i, rounded);
+    S::store_int8(inputs.q + start + i, rounded);
+    if (!with_rest) continue;
+    const typename S::F left = S::sub(steps, S::to_float(rounded));
+    const typename S::I rest = S::round(S::mul(left, S::set(kRestParts)));
+    rest_total = S::add_int(rest_total, rest);
+    S::store_int8(inputs.rest + start + i, rest);
   }
-  *step = is_zero ? 0.0f : top / 127.0f;
-  *sum = S::sum_int(total);
+  inputs.step[group] = is_zero ? 0.0f : top / 127.0f;
+  inputs.sum[group] = S::sum_int(total);
+  if (with_rest) inputs.rest_sum[group] = S::sum_int(rest_total);
 }
 
 // Fills what a matrix of that format wants of x [columns], which is padded to 16 with zeros.
@@ -47,8 +61,8 @@ void prepare(const CiMatrix& matrix, const float* x, Inputs& inputs) {
   const int64_t size = matrix.group_size;
   for (int64_t group = 0; group < matrix.columns / size; ++group) {
     const float* from = x + group * size;
-    round_group<S>([=](int64_t i) { return S::load(from + i); }, size, inputs.q + group * size,
-                   inputs.step + group, inputs.sum + group);
+    round_group<S>([=](int64_t i) { return S::load(from + i); }, group * size, size, group,
+                   has_rest(matrix.dtype), inputs);
   }
 }
 

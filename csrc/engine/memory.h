@@ -30,18 +30,22 @@ class Carver {
 struct InputMemory {
   float* x[CI_MAX_ROWS];
   int8_t* q[CI_MAX_ROWS];
+  int8_t* rest[CI_MAX_ROWS];
   float* step[CI_MAX_ROWS];
   int32_t* sum[CI_MAX_ROWS];
+  int32_t* rest_sum[CI_MAX_ROWS];
 
   InputMemory(Carver& carver, int rows, int64_t columns) {
     for (int b = 0; b < rows; ++b) {
       x[b] = carver.take<float>(pad(columns));
       q[b] = carver.take<int8_t>(pad(columns));
+      rest[b] = carver.take<int8_t>(pad(columns));
       step[b] = carver.take<float>(pad(columns) / kTile);  // groups are 16 or longer
       sum[b] = carver.take<int32_t>(pad(columns) / kTile);
+      rest_sum[b] = carver.take<int32_t>(pad(columns) / kTile);
     }
   }
-  Inputs inputs(int b) const { return {x[b], q[b], step[b], sum[b]}; }
+  Inputs inputs(int b) const { return {x[b], q[b], rest[b], step[b], sum[b], rest_sum[b]}; }
 };
 
 }  // namespace

@@ -52,7 +52,7 @@ void neurons(const Worker& worker, const CiMlp& mlp, int32_t activation, const B
 // Rounds h_n * scale[n, group] in blocks of neurons. Returns what is the same for all outputs of the
 // group: for int4, the sum of h_n * (minimum[n, group] + 8 scale[n, group]).
 template <class S>
-float fold(const CiMatrix& down, int64_t group, const float* h, const Inputs& inputs) {
+float fold(const CiMatrix& down, int64_t group, const float* h, Inputs& inputs) {
   const int64_t neurons = pad(down.columns), groups = down.rows / down.group_size;
   const auto* scales = reinterpret_cast<const uint16_t*>(
       down.data + pad(down.rows) / kTile * word_bytes(down.dtype, neurons));
@@ -62,8 +62,8 @@ float fold(const CiMatrix& down, int64_t group, const float* h, const Inputs& in
     const int64_t size = neurons - start < kNeuronBlock ? neurons - start : kNeuronBlock;
     for (int64_t i = 0; i < size; i += kTile)
       S::store(folded + i, S::mul(S::load(h + start + i), S::load_half(scale + start + i)));
-    round_group<S>([&](int64_t i) { return S::load(folded + i); }, size, inputs.q + start,
-                   inputs.step + block, inputs.sum + block);
+    round_group<S>([&](int64_t i) { return S::load(folded + i); }, start, size, block,
+                   has_rest(down.dtype), inputs);
   }
   if (down.dtype != CI_INT4) return 0.0f;
   const uint16_t* minimum = scale + groups * neurons;

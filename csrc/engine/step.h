@@ -366,7 +366,7 @@ class Step {
     if (part.left.data == nullptr) return;
     Batch one;
     one.count = 1;
-    one.rows[0] = {z, nullptr, nullptr, nullptr};
+    one.rows[0].x = z;
     product<S>(worker, part.left, one, [&](int64_t t, const float* y) {
       S::store(x + kTile * t, S::add(S::load(x + kTile * t), S::load(y)));
     });

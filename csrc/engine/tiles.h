@@ -7,16 +7,30 @@ namespace {
 
 constexpr int64_t kAhead = 2048;  // bytes that are fetched before they are needed
 
-// sum += words x inputs, for `count` words of 64 bytes and B rows.
+// `count` words of 64 bytes times the group's inputs, which begin at `start`: for B rows, in steps.
 template <class S, int B>
-inline void add_int8(const uint8_t* words, int64_t count, const int8_t* const (&q)[B],
-                     typename S::I (&sum)[B]) {
+inline void dot_group_int8(const uint8_t* words, int64_t count, const Batch& batch, int64_t start,
+                           int64_t group, typename S::F (&y)[B]) {
+  typename S::I sum[B], rest[B];
+  const int8_t *q[B], *r[B];
+  for (int b = 0; b < B; ++b) {
+    const Inputs& row = batch.rows[b];
+    q[b] = row.q + start;
+    r[b] = row.rest + start;
+    sum[b] = S::set_int(-S::kByteOffset * row.sum[group]);
+    rest[b] = S::set_int(-S::kByteOffset * row.rest_sum[group]);
+  }
 #pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
     const typename S::W w = S::load_bytes(words + 64 * k);
     S::prefetch(words + 64 * k + kAhead);
-    for (int b = 0; b < B; ++b) sum[b] = S::dot_int8(sum[b], w, q[b] + 4 * k);
+    for (int b = 0; b < B; ++b) {
+      sum[b] = S::dot_int8(sum[b], w, q[b] + 4 * k);
+      rest[b] = S::dot_int8(rest[b], w, r[b] + 4 * k);
+    }
   }
+  const typename S::F part = S::set(1.0f / kRestParts);
+  for (int b = 0; b < B; ++b) y[b] = S::fma(S::to_float(rest[b]), part, S::to_float(sum[b]));
 }
 
 template <class S, int B>
@@ -64,15 +78,12 @@ void tile_int8(const uint8_t* tile, int64_t columns, int64_t size, const Batch& 
   typename S::F total[B];
   for (int b = 0; b < B; ++b) total[b] = S::zero();
   for (int64_t group = 0; group < columns / size; ++group) {
-    typename S::I sum[B];
-    const int8_t* q[B];
-    point<S, B>(batch, group * size, q);
-    for (int b = 0; b < B; ++b) sum[b] = S::set_int(-S::kByteOffset * batch.rows[b].sum[group]);
-    add_int8<S, B>(tile + 16 * size * group, size / 4, q, sum);
+    typename S::F dots[B];
+    dot_group_int8<S, B>(tile + 16 * size * group, size / 4, batch, group * size, group, dots);
     const typename S::F scale = S::load_half(scales + kTile * group);
     for (int b = 0; b < B; ++b) {
       const typename S::F step = S::mul(scale, S::set(batch.rows[b].step[group]));
-      total[b] = S::fma(S::to_float(sum[b]), step, total[b]);
+      total[b] = S::fma(dots[b], step, total[b]);
     }
   }
   for (int b = 0; b < B; ++b) S::store(y + kTile * b, total[b]);
@@ -109,13 +120,10 @@ void tile_down_int8(const uint8_t* tile, int64_t neurons, int64_t, const Batch& 
   for (int b = 0; b < B; ++b) total[b] = S::zero();
   for (int64_t start = 0, block = 0; start < neurons; start += kNeuronBlock, ++block) {
     const int64_t size = neurons - start < kNeuronBlock ? neurons - start : kNeuronBlock;
-    typename S::I sum[B];
-    const int8_t* q[B];
-    point<S, B>(batch, start, q);
-    for (int b = 0; b < B; ++b) sum[b] = S::set_int(-S::kByteOffset * batch.rows[b].sum[block]);
-    add_int8<S, B>(tile + 16 * start, size / 4, q, sum);
+    typename S::F dots[B];
+    dot_group_int8<S, B>(tile + 16 * start, size / 4, batch, start, block, dots);
     for (int b = 0; b < B; ++b)
-      total[b] = S::fma(S::to_float(sum[b]), S::set(batch.rows[b].step[block]), total[b]);
+      total[b] = S::fma(dots[b], S::set(batch.rows[b].step[block]), total[b]);
   }
   for (int b = 0; b < B; ++b) S::store(y + kTile * b, total[b]);
 }

@@ -34,13 +34,17 @@ def inputs(rows: int, columns: int, seed: int = 9) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def rounded_by_hand(x: Tensor, size: int) -> Tensor:
-    """A vector, group after group, in Python's own arithmetic."""
+def rounded_by_hand(x: Tensor, size: int, dtype: str = "int4") -> Tensor:
+    """A vector, group after group, in Python's own arithmetic; for int8 weights in two digits."""
     out = []
     for start in range(0, len(x), size):
         group = x[start : start + size].tolist()
         step = max(abs(value) for value in group) / 127
-        out += [round(value / step) * step if step else 0.0 for value in group]
+        for value in group:
+            in_steps = value / step if step else 0.0
+            digit = round(in_steps)
+            rest = round((in_steps - digit) * 254) / 254 if dtype == "int8" else 0.0
+            out.append((digit + rest) * step)
     return torch.tensor(out)
 
 
@@ -60,15 +64,19 @@ def test_activations_are_rounded_group_by_group() -> None:
     x[32:48] = 0
     torch.testing.assert_close(round_groups(x, 16), rounded_by_hand(x, 16))
     torch.testing.assert_close(round_groups(x, 32), rounded_by_hand(x, 32))  # the last is shorter
+    twice = round_groups(x, 16, digits=2)
+    torch.testing.assert_close(twice, rounded_by_hand(x, 16, "int8"))
+    largest = x.abs().unflatten(0, (-1, 16)).amax(1).repeat_interleave(16)
+    assert ((twice - x).abs() <= largest / 127 / 254 / 2 * 1.001).all()
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_the_twin_is_the_product_of_what_is_stored(form: WeightFormat) -> None:
     columns = width(form)
     records, x = records_of(form, 20, columns), inputs(2, columns)
-    seen = (
-        x if not form.group_size else torch.stack([rounded_by_hand(r, form.group_size) for r in x])
-    )
+    seen = x
+    if form.group_size:
+        seen = torch.stack([rounded_by_hand(row, form.group_size, form.dtype) for row in x])
     wanted = seen.double() @ form.dequantize(records, columns).double().t()
     found = linear_twin(pack(records, columns, form), x)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
@@ -98,7 +106,7 @@ def test_the_twin_of_an_mlp_does_what_its_text_says(
     wanted = torch.zeros(columns)
     for group in range(columns // form.group_size):
         here = slice(group * form.group_size, (group + 1) * form.group_size)
-        folded = rounded_by_hand(h[0] * scales[:, group], NEURON_BLOCK)
+        folded = rounded_by_hand(h[0] * scales[:, group], NEURON_BLOCK, form.dtype)
         middle = 8 if form.dtype == "int4" else 0
         wanted[here] = folded @ (q[:, here].float() - middle)
         wanted[here] += h[0] @ (minima[:, group] + middle * scales[:, group])

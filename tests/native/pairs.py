@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from coreinfer.backends.hf.session import HfBackend
 from coreinfer.backends.native.backend import NativeBackend
-from coreinfer.backends.native.tensors import Role, tensor_plans
+from coreinfer.backends.native.tensors import Role, format_of, tensor_plans
 from coreinfer.backends.native.weights import NativeWeights, weights_from
 from coreinfer.kernels.formats import WeightFormat
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -83,8 +83,9 @@ def stored(model: PreTrainedModel, weights: NativeWeights) -> PreTrainedModel:
                 values[-1] = values[-1].t()
             case Role.TABLE:
                 values = [WeightFormat("bfloat16", 0).dequantize(tensor, d)]
-            case Role.LINEAR:
-                values = [weights.format.dequantize(tensor, plan.shape[1])]
+            case Role.LINEAR | Role.HEAD:
+                form = format_of(plan, weights.format)
+                values = [form.dequantize(tensor, plan.shape[1])]
         start = 0
         for source in plan.sources:
             target = state[source]

@@ -105,7 +105,7 @@ def test_it_is_a_safetensors_file_with_the_documented_metadata(whole: Path) -> N
         "format", "dtype", "group_size", "model", "model_fingerprint", "source", "architecture",
         "checksums", "header_checksum",
     }  # fmt: skip
-    assert metadata["format"] == "coreinfer.native/1"
+    assert metadata["format"] == "coreinfer.native/2"
     assert (metadata["dtype"], metadata["group_size"]) == ("int8", "16")
     assert json.loads(metadata["architecture"])["num_layers"] == 3
     checksums = json.loads(metadata["checksums"])
@@ -171,11 +171,13 @@ def test_a_file_cut_anywhere_is_refused(whole: Path, tmp_path: Path) -> None:
         open_container(copy_of(whole, tmp_path / "longer", data + b"x"))
 
 
-def test_a_newer_version_is_refused_by_name(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_version_is_refused_by_name(whole: Path, tmp_path: Path, version: int) -> None:
     data = (whole / WEIGHTS).read_bytes()
-    newer = data.replace(b"coreinfer.native/1", b"coreinfer.native/2")
-    folder = copy_of(whole, tmp_path / "newer", newer)
-    with pytest.raises(UserError, match=r"'coreinfer.native/2', this version of coreinfer reads"):
+    other = data.replace(b"coreinfer.native/2", f"coreinfer.native/{version}".encode())
+    folder = copy_of(whole, tmp_path / "other", other)
+    message = rf"'coreinfer.native/{version}', this version of coreinfer reads"
+    with pytest.raises(UserError, match=message):
         open_container(folder)
     assert is_converted(folder)
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from coreinfer.backends.native.architecture import DecoderConfig
-from coreinfer.backends.native.container import format_of
-from coreinfer.backends.native.tensors import Role, TensorPlan, tensor_plans
+from coreinfer.backends.native.tensors import Role, TensorPlan, format_of, tensor_plans
 from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.benchmarks.shapes import config_of
 from coreinfer.kernels.formats import WeightFormat

@@ -61,8 +61,8 @@ class WeightFormat:
     def named(cls, dtype: str, group_size: int | None = None) -> WeightFormat:
         """The format of that dtype, in groups of 32 (int8) or 64 unless another size is asked for.
 
-        Inputs are rounded to eight bits in the same groups, which is most of what int8 loses: on
-        SmolLM2 groups of 32 halve the KL to float32 of groups of 64.
+        Inputs are rounded in the same groups: on SmolLM2 groups of 32 halve the KL of int8 to
+        float32 of groups of 64.
         """
         if group_size is None:
             group_size = {"bfloat16": 0, "int8": 32}.get(dtype, 64)

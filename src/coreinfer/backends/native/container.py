@@ -21,13 +21,13 @@ import xxhash
 from torch import Tensor
 
 from coreinfer.backends.native.architecture import DecoderConfig
-from coreinfer.backends.native.tensors import Role, TensorPlan, tensor_plans
+from coreinfer.backends.native.tensors import Role, TensorPlan, format_of, tensor_plans
 from coreinfer.errors import UserError
 from coreinfer.jsonl import open_to_read
 from coreinfer.kernels.formats import WeightFormat
 
 WEIGHTS = "model.safetensors"
-KIND, VERSION = "coreinfer.native/", 1
+KIND, VERSION = "coreinfer.native/", 2
 NO_CHECKSUM = "0" * 16
 _ALIGNMENT = 64  # of the first tensor; float32 tensors come first, so all of them are aligned
 _LENGTH_BYTES = 8
@@ -119,11 +119,6 @@ def stored_bytes(plan: TensorPlan, format_: WeightFormat) -> int:
     """Bytes that a tensor takes in the file."""
     dtype, shape = stored_as(plan, format_)
     return math.prod(shape) * _DTYPES[dtype].itemsize
-
-
-def format_of(plan: TensorPlan, format_: WeightFormat) -> WeightFormat:
-    """The format of a tensor's records: tables stay bfloat16, whatever the linears are."""
-    return WeightFormat.named("bfloat16") if plan.role is Role.TABLE else format_
 
 
 def is_converted(folder: str | Path) -> bool:

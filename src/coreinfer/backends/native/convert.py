@@ -160,7 +160,11 @@ def _job(path: Path, name: str, weight_format: WeightFormat) -> _Job:
 
 def _check_groups(plans: list[TensorPlan], weight_format: WeightFormat) -> None:
     group = weight_format.group_size
-    rows = {plan.name: plan.shape[1] for plan in plans if plan.role in (Role.LINEAR, Role.MLP)}
+    rows = {
+        plan.name: plan.shape[1]
+        for plan in plans
+        if plan.role in (Role.LINEAR, Role.HEAD, Role.MLP)
+    }
     bad = next((name for name, columns in rows.items() if group and columns % group), None)
     if bad is None:
         return

@@ -13,6 +13,7 @@ from coreinfer.backends.native.cache import KvCache
 from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.kernels.arena import Arena, Mappings
 from coreinfer.kernels.decode import decode_step
+from coreinfer.kernels.formats import WeightFormat
 from coreinfer.kernels.layout import Packed, PackedMlp
 from coreinfer.kernels.linear import MAX_ROWS, linear
 from coreinfer.kernels.packing import pack, pack_mlp
@@ -138,13 +139,8 @@ class Stepper:
     def _pack(self) -> DecoderWeights:
         weights, config = self._weights, self._weights.config
 
-        def packed(name: str, columns: int) -> Packed:
-            return pack(
-                weights.tensors[name],
-                columns,
-                weights.format,
-                arena=self._arena,
-            )
+        def packed(name: str, columns: int, form: WeightFormat = weights.format) -> Packed:
+            return pack(weights.tensors[name], columns, form, arena=self._arena)
 
         def norm(name: str) -> Norm:
             return Norm(weights.tensors[f"{name}.weight"], weights.vector(f"{name}.bias"))
@@ -168,7 +164,7 @@ class Stepper:
         return DecoderWeights(
             layers=[layer(index) for index in range(config.num_layers)],
             final_norm=norm("final_norm"),
-            head=packed("head", config.hidden_size),
+            head=packed("head", config.hidden_size, weights.head_format),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,

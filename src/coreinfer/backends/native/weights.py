@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from coreinfer.backends.native.architecture import DecoderConfig
 from coreinfer.backends.native.container import stored_bytes
-from coreinfer.backends.native.tensors import encode, tensor_plans
+from coreinfer.backends.native.tensors import encode, head_format, tensor_plans
 from coreinfer.core.measures import ReadCost
 from coreinfer.kernels.formats import WeightFormat
 from coreinfer.models.mlp import fingerprint, mlp_layers
@@ -43,6 +43,11 @@ class NativeWeights:
         return (self.config.num_neurons,) * self.config.num_layers
 
     @property
+    def head_format(self) -> WeightFormat:
+        """How the head is stored, and the embedding where it is tied to it."""
+        return head_format(self.format)
+
+    @property
     def mlp_parts(self) -> int:
         """Records that make up a neuron: gate row, up row, down column; or fc1 row, fc2 column."""
         return 3 if self.config.gated else 2
@@ -55,7 +60,7 @@ class NativeWeights:
         """Token ids [N] -> [N, d] float32."""
         d = self.config.hidden_size
         if self.config.tied:
-            return self.format.dequantize(self.tensors["head"][token_ids], d)
+            return self.head_format.dequantize(self.tensors["head"][token_ids], d)
         return _TABLE.dequantize(self.tensors["embed"][token_ids], d)
 
     def position(self, positions: Tensor) -> Tensor:
