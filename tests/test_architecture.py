@@ -61,6 +61,8 @@ OPTIONAL = {
     "sacrebleu",
     "rouge_score",
     "torchmetrics",
+    "optuna",
+    "ray",
 }
 # A package of its own for what cannot do without: nothing outside imports it but where it is used.
 OPTIONAL_IN = {"evaluation/harness": {"lm_eval", "datasets"}}

@@ -11,6 +11,7 @@ from coreinfer.analysis.sections import Cell, Figure, Section, Table
 
 LONGEST_SHOWN = 120  # rows of a figure's data in the page; all of them are in its CSV
 
+TITLE = "Core neurons: an analysis"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
   color: #111; background: #fff; }
@@ -27,12 +28,13 @@ code { font-size: 13px; overflow-wrap: anywhere; }
 """
 
 
-def page(sections: Sequence[Section], about: Mapping[str, str]) -> str:
+def page(sections: Sequence[Section], about: Mapping[str, str], title: str = TITLE) -> str:
     """All sections as one page.
 
     Args:
         sections: in their order.
         about: what else a reader should know of the run, by name.
+        title: of the page.
     """
     anchors = [anchor(section) for section in sections]
     contents = "".join(
@@ -47,8 +49,8 @@ def page(sections: Sequence[Section], about: Mapping[str, str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Core neurons: an analysis</title><style>{STYLE}</style></head>\n<body>"
-        f"<h1>Core neurons: an analysis</h1><table>{facts}</table>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>"
+        f"<h1>{escape(title)}</h1><table>{facts}</table>"
         "<p>Bars around a point are 95 % intervals. Every figure has its data as CSV below it.</p>"
         f"<ul>{contents}</ul>{body}</body></html>\n"
     )

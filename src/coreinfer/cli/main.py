@@ -23,6 +23,7 @@ from coreinfer.cli import (
     pull,
     score,
     select,
+    tune,
 )
 from coreinfer.cli import eval as evaluate
 from coreinfer.cli.config import expand_config
@@ -31,7 +32,7 @@ from coreinfer.errors import UserError
 from coreinfer.files import describe_os_error
 
 VERBS = (
-    generate, chat, select, cluster, calibrate, score, evaluate, bench, analyze, info, pull,
+    generate, chat, select, cluster, calibrate, score, evaluate, bench, tune, analyze, info, pull,
     convert,
 )  # fmt: skip
 

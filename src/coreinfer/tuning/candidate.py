@@ -1,0 +1,138 @@
+"""One point of the search: settings as plain values, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from coreinfer.calibration.store import CalibrationStore
+from coreinfer.evaluation.continuations import Setting
+from coreinfer.selectors import SELECTORS, Selector
+from coreinfer.semantics.store import ClusterStore
+from coreinfer.standins import STAND_INS, StandIn
+
+_OPEN: Mapping[str, Any] = {"clusters": ClusterStore.load, "calibration": CalibrationStore.load}
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The stores that rules and stand-ins may need.
+
+    Attributes:
+        paths: name of the option ("clusters", "calibration") -> folder, as it was given.
+        opened: the same names -> the store.
+    """
+
+    paths: Mapping[str, str] = field(default_factory=dict)
+    opened: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, paths: Mapping[str, str]) -> Stores:
+        """Raises UserError if one is missing or damaged."""
+        return cls(dict(paths), {name: _OPEN[name](Path(path)) for name, path in paths.items()})
+
+    def serve(self, made: type[Selector] | type[StandIn]) -> bool:
+        """Whether all stores that a rule or a stand-in takes are here."""
+        return self._asked(made) <= self.opened.keys()
+
+    def taken_by(self, made: type[Selector] | type[StandIn]) -> dict[str, Any]:
+        return {name: self.opened[name] for name in self._asked(made)}
+
+    @staticmethod
+    def _asked(made: type[Selector] | type[StandIn]) -> set[str]:
+        return set(made.__dataclass_fields__) & set(_OPEN)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to decode.
+
+    Attributes:
+        selector: name of the rule.
+        keeps: the fraction of each layer's neurons that is kept; 1.0 is a dense layer.
+        rule: the rule's other options, such as {"alpha": 0.3}.
+        stand_in: name of the stand-in, "none" for plain dropping.
+        fit: its options, such as {"rank": 32}.
+    """
+
+    selector: str
+    keeps: tuple[float, ...]
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    stand_in: str = "none"
+    fit: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The same text for the same settings, from which they can be read back."""
+        parts = [self.selector, list(self.keeps), dict(self.rule), self.stand_in, dict(self.fit)]
+        return json.dumps(parts, sort_keys=True)
+
+    @classmethod
+    def of_key(cls, key: str) -> Candidate:
+        selector, keeps, rule, stand_in, fit = json.loads(key)
+        return cls(selector, tuple(keeps), rule, stand_in, fit)
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer, keep in enumerate(self.keeps) if keep == 1.0)
+
+    @property
+    def name(self) -> str:
+        """The rule and the stand-in in a few words."""
+        words = [self.selector, *(f"{name} {value:g}" for name, value in self.rule.items())]
+        words += [self.stand_in, *(f"{name} {value:g}" for name, value in self.fit.items())]
+        return " ".join(word.replace("_", " ") for word in words)
+
+    def setting(self, stores: Stores) -> Setting:
+        """What it is for `measure`.
+
+        Raises:
+            UserError: if a value is out of range.
+        """
+        rule = SELECTORS[self.selector]
+        selector = rule(**self._kept(rule), **self.rule, **stores.taken_by(rule))
+        if self.stand_in == "none":
+            return Setting(selector)
+        made = STAND_INS[self.stand_in]
+        return Setting(selector, made(**self.fit, **stores.taken_by(made)))
+
+    def options(self, stores: Stores) -> dict[str, Any]:
+        """The same as options of the command line, by their long names: what a TOML file holds.
+
+        Layers of one budget are written together, as in {"3-5": 0.6}.
+        """
+        rule = SELECTORS[self.selector]
+        needed = set(stores.taken_by(rule))
+        if self.stand_in != "none":
+            needed |= set(stores.taken_by(STAND_INS[self.stand_in]))
+        kept = self._kept(rule)
+        budgets = kept.pop("budgets", {})
+        made: dict[str, Any] = {"selector": self.selector, **self.rule, **kept}
+        made |= {"stand_in": self.stand_in, **self.fit}
+        made |= {name: stores.paths[name] for name in sorted(needed)}
+        made["dense_layers"] = list(self.dense_layers)
+        if budgets:
+            made["budgets"] = _in_runs(budgets)
+        return {name.replace("_", "-"): value for name, value in made.items()}
+
+    def _kept(self, rule: type[Selector]) -> dict[str, Any]:
+        """The options that say how much is kept."""
+        sparse = {layer: keep for layer, keep in enumerate(self.keeps) if keep < 1.0}
+        made: dict[str, Any] = {"dense_layers": self.dense_layers}
+        if len(set(sparse.values())) == 1:
+            return {rule.keep_name: next(iter(sparse.values())), **made}
+        return {**made, "budgets": sparse}
+
+
+def _in_runs(budgets: Mapping[int, float]) -> dict[str, float]:
+    """Consecutive layers of the same budget as one key; {3: 0.6, 4: 0.6} -> {"3-4": 0.6}."""
+    runs = {}
+    for keep, run in groupby(enumerate(budgets.items()), lambda at: (at[1][0] - at[0], at[1][1])):
+        layers = [layer for _, (layer, _) in run]
+        name = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        runs[name] = keep[1]
+    return runs

@@ -1,0 +1,116 @@
+"""What candidates cost: quality on parts of the prompts; nothing is measured twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from itertools import pairwise
+from typing import Any
+
+from coreinfer.evaluation.continuations import Quality, Window
+from coreinfer.recording import RecordingPlan
+from coreinfer.tuning.candidate import Candidate, Stores
+from coreinfer.tuning.journal import Journal, digest
+from coreinfer.tuning.pools import DENSE, Pool, Task
+
+WINDOWS_A_TASK = 4  # prefilled together: the same whatever the workers, so that results are
+
+
+class Objective:
+    """Measures candidates on parts of the prompts.
+
+    Whatever the number of workers, a part is measured in the same batches, and a candidate beside
+    those alone that record the same: its result does not depend on what else is measured.
+
+    Args:
+        pool: where it is done.
+        parts: name -> windows.
+        journal: what is known already; it grows.
+        stores: that candidates may need.
+        about: what else results depend on, plain JSON.
+        on_progress: told of what is being measured.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        parts: Mapping[str, Sequence[Window]],
+        journal: Journal,
+        stores: Stores,
+        *,
+        about: Mapping[str, Any],
+        on_progress: Callable[[str], None] = lambda _line: None,
+    ) -> None:
+        self._pool = pool
+        self._journal = journal
+        self._stores = stores
+        self._on_progress = on_progress
+        self._batches = {
+            part: [texts[i : i + WINDOWS_A_TASK] for i in range(0, len(texts), WINDOWS_A_TASK)]
+            for part, texts in parts.items()
+        }
+        # Of each batch: what its results are kept under.
+        self._names = {
+            part: [digest([dict(about), [asdict(window) for window in batch]]) for batch in batches]
+            for part, batches in self._batches.items()
+        }
+        self.measured = 0  # candidates times batches that were not known already
+
+    def measure(self, part: str, candidates: Sequence[Candidate], what: str) -> list[Quality]:
+        """The quality of each candidate on a part.
+
+        Args:
+            part: its name.
+            candidates: some of which may be equal.
+            what: they are, for the progress.
+
+        Raises:
+            UserError: if a candidate does not fit the model, or the workers failed.
+        """
+        groups = self._groups(candidates)
+        work = [
+            (name, batch, missing)
+            for name, batch in zip(self._names[part], self._batches[part], strict=True)
+            for group in groups
+            if (missing := [key for key in group if self._key(name, key) not in self._journal])
+        ]
+        pieces = -(-self._pool.workers // max(len(work), 1))  # so that every worker has one
+        work = [
+            (name, batch, piece) for name, batch, keys in work for piece in _split(keys, pieces)
+        ]
+        for position, result in self._pool.map([Task(batch, keys) for _, batch, keys in work]):
+            name, _, keys = work[position]
+            self._journal.add({self._key(name, key): one for key, one in result.items()})
+            self.measured += len(keys)
+            self._on_progress(f"{what}: {len(keys)} settings on {len(self._batches[part])} batches")
+        return [self._joined(part, candidate.key) for candidate in candidates]
+
+    def dense(self, part: str) -> Quality:
+        """Dense decoding on a part, known once anything was measured on it."""
+        return self._joined(part, DENSE)
+
+    @staticmethod
+    def _key(name: str, key: str) -> str:
+        return digest([name, key])
+
+    def _joined(self, part: str, key: str) -> Quality:
+        rows = [self._journal[self._key(name, key)] for name in self._names[part]]
+        names = [field.name for field in fields(Quality)]
+        return Quality(**{n: [value for row in rows for value in getattr(row, n)] for n in names})
+
+    def _groups(self, candidates: Sequence[Candidate]) -> list[list[str]]:
+        """Keys of candidates that one prefill serves without a difference to any of them."""
+        groups: dict[tuple[float | None, bool, bool], dict[str, None]] = {}
+        for candidate in candidates:
+            setting = candidate.setting(self._stores)
+            plan = RecordingPlan.of(setting.selector, setting.stand_in)
+            group = groups.setdefault((plan.alpha, plan.halves, plan.count_bos), {})
+            group[candidate.key] = None
+        return [list(group) for group in groups.values()]
+
+
+def _split(keys: list[str], pieces: int) -> list[list[str]]:
+    """Consecutive pieces of about the same size, none empty."""
+    pieces = min(pieces, len(keys))
+    ends = [len(keys) * i // pieces for i in range(pieces + 1)]
+    return [keys[a:b] for a, b in pairwise(ends)]

@@ -1,0 +1,198 @@
+"""From prompts and a goal to settings: search, refinement, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from coreinfer.calibration.store import CalibrationStore
+from coreinfer.errors import UserError, require_whole
+from coreinfer.tuning.candidate import Stores
+from coreinfer.tuning.design import Design, Planner, Profile
+from coreinfer.tuning.goal import Goal
+from coreinfer.tuning.objective import Objective
+from coreinfer.tuning.prices import Prices
+from coreinfer.tuning.profile import measured_errors
+from coreinfer.tuning.refine import refine
+from coreinfer.tuning.result import Outcome, Point
+from coreinfer.tuning.space import Space
+from coreinfer.tuning.study import front, search
+from coreinfer.tuning.tuner import REPORT, SEARCH, Tuner
+
+PROFILE = "profile"  # the part of the prompts that single layers are measured on
+ONE_KEEP = "one keep for all layers"
+ENDS_DENSE = "first and last layers dense, one keep for the others"
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # at which the front is completed
+MOST_REPORTED = 10  # points of the front
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is tried.
+
+    Attributes:
+        trials: designs that the search measures.
+        rounds: of refinement.
+        seed: of the search.
+    """
+
+    trials: int = 64
+    rounds: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_whole("trials", self.trials, 1)
+        require_whole("rounds", self.rounds, 0)
+        require_whole("seed", self.seed, 0, 2**32 - 1)
+
+
+def tune(
+    objective: Objective,
+    prices: Prices,
+    stores: Stores,
+    goal: Goal,
+    effort: Effort,
+    prompts: dict[str, int],
+    on_progress: Callable[[str], None] = lambda _line: None,
+) -> Outcome:
+    """Search for the settings that reach a goal.
+
+    Args:
+        objective: measures candidates on the parts "search", "report" and "profile" (a few of the
+            first, to measure single layers on where no calibration store has done so).
+        prices: of neurons and stand-ins.
+        stores: that rules and stand-ins may use.
+        goal: a limit of the loss, or of the bytes.
+        effort: how much is tried.
+        prompts: how many, by part; for the record.
+        on_progress: told of what is found.
+
+    Raises:
+        UserError: if the bytes asked for are too few for any setting, or the workers failed.
+    """
+    began = perf_counter()
+    layers = len(prices.cost.num_neurons)
+    calibration: CalibrationStore | None = stores.opened.get("calibration")
+    if calibration is not None:
+        errors = calibration.layer_errors
+    else:
+        errors = measured_errors(objective, PROFILE, layers)
+    tuner = Tuner(goal, Planner(prices, errors), objective)
+    space = Space.of(prices, stores, goal.share)
+    require_bytes(tuner.planner, goal)
+
+    def evaluate(
+        designs: Sequence[tuple[Design, float]],
+    ) -> list[tuple[float, float] | None]:
+        found = tuner.points(designs, SEARCH)
+        on_progress(f"{len(tuner.tried)} settings tried; {_best(tuner)}")
+        return [None if one is None else (one.loss.mean, one.share) for one in found]
+
+    search(space, evaluate, effort.trials, effort.seed)
+    everything = list(tuner.tried.values())
+    kept = tuner.within(everything)
+    reached = bool(kept)
+    if not reached:
+        chosen = min(everything, key=lambda point: (point.loss.mean, point.share))
+    elif goal.limit is None:
+        chosen = kept[0]
+    else:
+        chosen = tuner.cheapest(_of_different_designs(kept, 3))
+    share = chosen.asked
+
+    def losses(designs: Sequence[Design]) -> list[float | None]:
+        found = tuner.points([(design, share) for design in designs], "refinement")
+        on_progress(f"{len(tuner.tried)} settings tried; {_best(tuner)}")
+        return [None if one is None else one.loss.mean for one in found]
+
+    design = refine(chosen.design, layers, losses, effort.rounds)
+    (refined,) = tuner.points([(design, share)], "refinement")
+    assert refined is not None  # it was measured
+    chosen = refined
+    if goal.limit is not None and tuner.within([chosen]):
+        reached, chosen = True, tuner.cheapest([chosen])
+    tuner.points([(chosen.design, share) for share in SHARES], "other bytes")
+    return _outcome(tuner, stores, reached, chosen, prompts, began)
+
+
+def require_bytes(planner: Planner, goal: Goal) -> None:
+    """Raises UserError where no setting reads as few bytes as the goal allows."""
+    if goal.share is not None:
+        try:
+            planner.candidate(Design("impact"), goal.share)
+        except UserError:
+            cost = planner.prices.cost
+            least = sum(cost.per_neuron) / cost.mlp
+            raise UserError(
+                f"--bytes {goal.share:g} cannot be reached: one neuron a layer is the least, "
+                f"--bytes {least:.4f}"
+            ) from None
+
+
+def _outcome(
+    tuner: Tuner,
+    stores: Stores,
+    reached: bool,
+    chosen: Point,
+    prompts: dict[str, int],
+    began: float,
+) -> Outcome:
+    everything = list(tuner.tried.values())
+    best = front([(point.loss.mean, point.share) for point in everything])
+    on_front = [everything[i] for i in best]
+    rivals = _rivals(tuner, chosen)
+    shown = _spread([one for one in on_front if one is not chosen], MOST_REPORTED)
+    reported = tuner.reported([chosen, *rivals.values(), *shown])
+    by_key = {point.candidate.key: point for point in reported}
+    cost = tuner.planner.prices.cost
+    return Outcome(
+        goal=tuner.goal,
+        reached=reached,
+        chosen=reported[0],
+        front=tuple(by_key.get(point.candidate.key, point) for point in on_front),
+        rivals=dict(zip(rivals, reported[1:], strict=False)),
+        tried=tuple(by_key.get(point.candidate.key, point) for point in tuner.tried.values()),
+        dense={part: tuner.objective.dense(part).summary() for part in (SEARCH, REPORT)},
+        settings=chosen.candidate.options(stores),
+        dense_bytes_per_token=cost.dense,
+        prompts=prompts,
+        seconds=perf_counter() - began,
+    )
+
+
+def _rivals(tuner: Tuner, chosen: Point) -> dict[str, Point]:
+    """The best setting with one keep for all layers, and that with some layers dense, at the
+    bytes of the chosen point."""
+    single = [point for point in tuner.tried.values() if point.stage == "one keep"]
+    if not single:
+        return {}
+    best = min(single, key=lambda point: point.loss.mean).design
+    quarter = tuner.planner.num_layers // 4
+    dense = replace(best, profile=Profile(first=min(3, quarter), last=min(2, quarter)))
+    made = {ONE_KEEP: best, ENDS_DENSE: dense}
+    found = tuner.points([(design, chosen.asked) for design in made.values()], "other bytes")
+    return {name: point for name, point in zip(made, found, strict=True) if point is not None}
+
+
+def _of_different_designs(points: Sequence[Point], count: int) -> list[Point]:
+    """The first points, one a design."""
+    kept: list[Point] = []
+    for point in points:
+        if all(point.design != other.design for other in kept):
+            kept.append(point)
+    return kept[:count]
+
+
+def _spread(points: Sequence[Point], count: int) -> list[Point]:
+    """At most `count` of them, evenly spaced, the ends among them."""
+    if len(points) <= count:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
+
+
+def _best(tuner: Tuner) -> str:
+    kept = tuner.within(list(tuner.tried.values()))
+    if not kept:
+        return f"none within {tuner.goal} yet"
+    return f"best so far {tuner.goal.describe_loss(kept[0].loss)} at {kept[0].share:.3f} of the MLP"

@@ -1,0 +1,118 @@
+"""Designs measured on the prompts to search with, and what the goal says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+from coreinfer.errors import UserError
+from coreinfer.evaluation.continuations import Quality
+from coreinfer.tuning.candidate import Candidate
+from coreinfer.tuning.design import Design, Planner
+from coreinfer.tuning.goal import Goal
+from coreinfer.tuning.objective import Objective
+from coreinfer.tuning.result import Point
+from coreinfer.tuning.space import LEAST_SHARE
+
+SEARCH, REPORT = "search", "report"  # parts of the prompts
+STEPS = 8  # shares that are measured at a time, to find the least within a limit
+
+
+@dataclass
+class Tuner:
+    """Measures designs, and remembers the points.
+
+    Attributes:
+        goal: what is asked for.
+        planner: makes candidates.
+        objective: measures them.
+        tried: all points so far, each candidate once.
+    """
+
+    goal: Goal
+    planner: Planner
+    objective: Objective
+    tried: dict[str, Point] = field(default_factory=dict)
+
+    def points(self, designs: Sequence[tuple[Design, float]], stage: str) -> list[Point | None]:
+        """Of designs with their shares of bytes; None where these do not pay for the design."""
+        made = [self._candidate(*one) for one in designs]
+        known = [candidate for candidate in made if candidate is not None]
+        measured = self.objective.measure(SEARCH, known, stage) if known else []
+        qualities = iter(measured)
+        found: list[Point | None] = []
+        for (design, asked), candidate in zip(designs, made, strict=True):
+            if candidate is None:
+                found.append(None)
+                continue
+            point = self._point(stage, design, asked, candidate, next(qualities))
+            found.append(self.tried.setdefault(candidate.key, point))
+        return found
+
+    def _candidate(self, design: Design, share: float) -> Candidate | None:
+        try:
+            return self.planner.candidate(design, share)
+        except UserError:
+            return None
+
+    def _point(
+        self, stage: str, design: Design, asked: float, candidate: Candidate, quality: Quality
+    ) -> Point:
+        cost, read = self.planner.prices.cost, fmean(quality.bytes_per_token)
+        return Point(
+            "one keep" if stage == SEARCH and _is_single(design) else stage,
+            design,
+            asked,
+            candidate,
+            (read - cost.shared) / cost.mlp,
+            read,
+            self.goal.loss(quality, self.objective.dense(SEARCH)),
+            quality={SEARCH: quality.summary()},
+        )
+
+    def reported(self, points: Sequence[Point]) -> list[Point]:
+        """The same points with what they are on the prompts to report on."""
+        measured = self.objective.measure(REPORT, [point.candidate for point in points], REPORT)
+        dense = self.objective.dense(REPORT)
+        return [
+            replace(
+                point,
+                report=self.goal.loss(quality, dense),
+                quality={**point.quality, REPORT: quality.summary()},
+            )
+            for point, quality in zip(points, measured, strict=True)
+        ]
+
+    def within(self, points: Sequence[Point | None]) -> list[Point]:
+        """Those that keep the goal's limit, the fewest bytes first; without one, least loss."""
+        there = [point for point in points if point is not None]
+        limit = self.goal.limit
+        if limit is None:
+            return sorted(there, key=lambda point: point.loss.mean)
+        kept = [point for point in there if point.loss.mean <= limit]
+        return sorted(kept, key=lambda point: (point.share, point.loss.mean))
+
+    def cheapest(self, designs: Sequence[Point]) -> Point:
+        """The fewest bytes at which one of these designs is within the limit.
+
+        Shares are measured some at a time, first from the least to what is known to be enough,
+        then between the two ends that are left.
+        """
+        best = designs[0]
+        low = LEAST_SHARE
+        for _ in range(2):
+            step = (best.asked - low) / STEPS
+            shares = [round(low + i * step, 4) for i in range(STEPS)]
+            asked = [(one.design, share) for one in designs for share in shares]
+            best = min(
+                [best, *self.within(self.points(asked, "other bytes"))], key=lambda p: p.share
+            )
+            low = max((share for share in shares if share < best.asked), default=low)
+            designs = [best]
+        return best
+
+
+def _is_single(design: Design) -> bool:
+    profile = design.profile
+    return profile.is_level and not profile.first and not profile.last

@@ -1,0 +1,161 @@
+"""From a goal to settings, on a formula whose answer is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coreinfer.errors import UserError
+from coreinfer.tuning.candidate import Candidate, Stores
+from coreinfer.tuning.goal import Goal
+from coreinfer.tuning.journal import Journal
+from coreinfer.tuning.result import Outcome
+from coreinfer.tuning.run import Effort, tune
+from tests.tuning.fakes import COST, PRICES, Formula, loss_of, objective
+
+EFFORT = Effort(trials=32, rounds=2, seed=0)
+PROMPTS = {"search": 6, "report": 5}
+
+
+def run(goal: Goal, pool: Formula, journal: Journal | None = None, **options: Any) -> Outcome:
+    effort = options.pop("effort", EFFORT)
+    return tune(objective(pool, journal), PRICES, Stores(), goal, effort, PROMPTS, **options)
+
+
+def plain(outcome: Outcome) -> dict[str, Any]:
+    return {**outcome.to_json(), "seconds": 0}
+
+
+def test_bytes_are_kept_and_well_used() -> None:
+    for share in (0.55, 0.7):
+        outcome = run(Goal.of_bytes(share), Formula())
+        assert outcome.reached
+        chosen = outcome.chosen
+        assert share - 0.02 < chosen.share <= share
+        assert chosen.bytes_per_token == COST.shared + chosen.share * COST.mlp
+        assert chosen.candidate.selector == "impact"
+        assert chosen.report is not None
+        one_keep, ends_dense = outcome.rivals.values()
+        for rival in (one_keep, ends_dense):
+            assert rival.share <= share
+            assert rival.report is not None
+            assert chosen.loss.mean < rival.loss.mean
+            assert chosen.report.mean < rival.report.mean
+        assert len(set(one_keep.candidate.keeps)) == 1
+        assert ends_dense.candidate.dense_layers == (0, 1, 6, 7)
+        # Layers are worth from 0.1 to 4: what the formula says is best is not far.
+        assert loss_of(chosen.candidate) < 0.5 * loss_of(one_keep.candidate)
+
+
+@pytest.mark.parametrize("text", ["kl<=0.1", "ppl<=+8%", "agreement>=0.93"])
+def test_a_budget_is_kept_at_few_bytes(text: str) -> None:
+    goal = Goal.of_budget(text)
+    outcome = run(goal, Formula())
+    assert outcome.reached
+    assert goal.limit is not None
+    assert outcome.chosen.loss.mean <= goal.limit
+    within = [point for point in outcome.tried if point.loss.mean <= goal.limit]
+    assert outcome.chosen.share == min(point.share for point in within)
+    one_keep = next(iter(outcome.rivals.values()))
+    assert one_keep.loss.mean > goal.limit  # at the same bytes
+
+
+def test_a_budget_that_no_point_keeps_gives_the_closest() -> None:
+    outcome = run(Goal.of_budget("kl<=1e-9"), Formula())
+    assert not outcome.reached
+    assert outcome.chosen.loss.mean == min(point.loss.mean for point in outcome.tried)
+
+
+def test_too_few_bytes_are_refused_before_anything_is_searched() -> None:
+    pool = Formula()
+    with pytest.raises(UserError, match=r"--bytes 0.001 cannot be reached.*--bytes 0.0050"):
+        run(Goal.of_bytes(0.001), pool)
+
+
+def test_everything_is_said_of_the_front() -> None:
+    outcome = run(Goal.of_budget("kl<=0.2"), Formula())
+    shares = [point.share for point in outcome.front]
+    losses = [point.loss.mean for point in outcome.front]
+    assert shares == sorted(shares)
+    assert losses == sorted(losses, reverse=True)
+    reported = [point for point in outcome.front if point.report is not None]
+    assert len(reported) >= min(len(outcome.front), 10)
+    for point in outcome.tried:
+        assert set(point.quality) >= {"search"}
+        beaten_by_none = all(
+            other.loss.mean > point.loss.mean or other.share > point.share or other is point
+            for other in outcome.tried
+        )
+        if beaten_by_none:
+            assert point in outcome.front
+    record = outcome.to_json()
+    assert record["prompts"] == PROMPTS
+    assert set(record["chosen"]["quality"]) == {"search", "report"}
+    assert record["settings"]["selector"] == "impact"
+
+
+def test_candidates_are_measured_once() -> None:
+    outcome = run(Goal.of_bytes(0.6), Formula())
+    keys = [point.candidate.key for point in outcome.tried]
+    assert len(keys) == len(set(keys))
+    assert len(keys) > 50
+
+
+def test_the_number_of_workers_changes_nothing() -> None:
+    for goal in (Goal.of_bytes(0.6), Goal.of_budget("kl<=0.2")):
+        one = plain(run(goal, Formula(workers=1)))
+        assert plain(run(goal, Formula(workers=2))) == one
+        assert plain(run(goal, Formula(workers=7))) == one
+
+
+def test_a_seed_decides_the_search() -> None:
+    goal = Goal.of_bytes(0.6)
+    one = plain(run(goal, Formula()))
+    assert plain(run(goal, Formula())) == one
+    assert plain(run(goal, Formula(), effort=Effort(32, 2, seed=1))) != one
+
+
+def test_a_search_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    goal, path = Goal.of_bytes(0.6), tmp_path / "t.jsonl"
+    whole = Formula()
+    wanted = plain(run(goal, whole))
+    done = 0
+    for _ in range(3):
+        pool = Formula(tasks=whole.done // 4)
+        with pytest.raises(KeyboardInterrupt):
+            run(goal, pool, Journal(path))
+        done += pool.done
+    last = Formula()
+    assert plain(run(goal, last, Journal(path))) == wanted
+    assert done + last.done <= whole.done + 3  # of each task that was cut off, once more
+    again = Formula()
+    assert plain(run(goal, again, Journal(path))) == wanted
+    assert again.done == 0
+
+
+def test_what_is_known_of_other_prompts_or_another_model_is_not_taken(tmp_path: Path) -> None:
+    from coreinfer.tuning.objective import Objective
+    from tests.tuning.fakes import window
+
+    journal = Journal(tmp_path / "t.jsonl")
+    for about, size in (({"model": "m"}, 2), ({"model": "n"}, 2), ({"model": "m"}, 3)):
+        pool = Formula()
+        made = Objective(pool, {"search": [window(size)]}, journal, Stores(), about=about)
+        made.measure("search", [Candidate("impact", (0.5,) * 8)], "a test")
+        assert pool.done == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"trials": 0}, "trials must be at least 1"),
+        ({"rounds": -1}, "rounds must be at least 0"),
+        ({"seed": -1}, "seed must be 0 to"),
+        ({"seed": 2**32}, "seed must be 0 to"),
+    ],
+)
+def test_effort_out_of_range(options: dict[str, int], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        Effort(**options)
