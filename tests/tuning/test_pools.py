@@ -17,7 +17,15 @@ from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Window
 from coreinfer.tuning import pools
 from coreinfer.tuning.candidate import Candidate, Stores
-from coreinfer.tuning.pools import InProcess, Pool, Processes, RayCluster, Task, WorkerSpec
+from coreinfer.tuning.pools import (
+    InProcess,
+    Pool,
+    Processes,
+    RayCluster,
+    Task,
+    WorkerSpec,
+    require_ray,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 
 KEYS = [
@@ -101,30 +109,26 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, spec: WorkerSpec) -> None:
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"pip install 'coreinfer\[ray\]'"):
-        RayCluster(spec, "auto", None)
+        require_ray("auto")
 
 
 @pytest.mark.parametrize("address", ["nonsense", "host:port", "ray://", ""])
-def test_what_is_no_address(
-    monkeypatch: pytest.MonkeyPatch, spec: WorkerSpec, address: str
-) -> None:
+def test_what_is_no_address(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: True)
     with pytest.raises(UserError, match="is no Ray address"):
-        RayCluster(spec, address, None)
+        require_ray(address)
 
 
-def test_nobody_there(monkeypatch: pytest.MonkeyPatch, spec: WorkerSpec, free_port: int) -> None:
+def test_nobody_there(monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: True)
     with pytest.raises(UserError, match=f"no Ray cluster answers at '127.0.0.1:{free_port}'"):
-        RayCluster(spec, f"127.0.0.1:{free_port}", None)
+        require_ray(f"127.0.0.1:{free_port}")
 
 
-def test_somebody_else_there(
-    monkeypatch: pytest.MonkeyPatch, spec: WorkerSpec, listening: int
-) -> None:
+def test_somebody_else_there(monkeypatch: pytest.MonkeyPatch, listening: int) -> None:
     """The join is tried in a process of its own, for so long and no longer."""
     waited = []
 
@@ -135,7 +139,7 @@ def test_somebody_else_there(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: True)
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(UserError, match=r"no Ray cluster answers .*nothing within \d+ s"):
-        RayCluster(spec, f"127.0.0.1:{listening}", None)
+        require_ray(f"127.0.0.1:{listening}")
     assert waited == [pools.JOIN_SECONDS]
 
 

@@ -72,6 +72,7 @@ def test_too_few_bytes_are_refused_before_anything_is_searched() -> None:
     pool = Formula()
     with pytest.raises(UserError, match=r"--bytes 0.001 cannot be reached.*--bytes 0.0050"):
         run(Goal.of_bytes(0.001), pool)
+    assert pool.done == 0
 
 
 def test_everything_is_said_of_the_front() -> None:

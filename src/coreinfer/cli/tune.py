@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from coreinfer.cli import options
 from coreinfer.cli.terminal import Skipped, note, table, warn
 from coreinfer.cli.values import number, whole
-from coreinfer.errors import UserError
+from coreinfer.errors import UserError, require_whole
 
 if TYPE_CHECKING:
     from coreinfer.api import LLM
@@ -125,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.tuning.goal import Goal
     from coreinfer.tuning.journal import Journal
     from coreinfer.tuning.objective import WINDOWS_A_TASK, Objective
+    from coreinfer.tuning.pools import require_ray
     from coreinfer.tuning.prices import Prices
     from coreinfer.tuning.prompts import Amount, read_split
     from coreinfer.tuning.run import Effort, tune
@@ -141,6 +142,10 @@ def run(args: argparse.Namespace) -> int:
     )
     require_optuna()
     _require_places(args)
+    if args.jobs is not None:
+        require_whole("jobs", args.jobs, 1)
+    if args.ray is not None:
+        require_ray(args.ray)
     args.threads = 1 if args.threads is None else args.threads  # the same in every process
     named = {name: path for name in ("calibration", "clusters") if (path := getattr(args, name))}
     stores = Stores.open(named)
@@ -203,11 +208,8 @@ def _require_places(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _pool(args: argparse.Namespace, llm: LLM, stores: Stores) -> Iterator[Pool]:
-    from coreinfer.errors import require_whole
     from coreinfer.tuning.pools import InProcess, Processes, RayCluster, WorkerSpec, default_jobs
 
-    if args.jobs is not None:
-        require_whole("jobs", args.jobs, 1)
     spec = WorkerSpec(
         args.model, llm.backend.name, args.dtype, args.device, args.threads, dict(stores.paths)
     )

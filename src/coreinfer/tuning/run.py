@@ -72,6 +72,7 @@ def tune(
         UserError: if the bytes asked for are too few for any setting, or the workers failed.
     """
     began = perf_counter()
+    require_bytes(prices, goal)
     layers = len(prices.cost.num_neurons)
     calibration: CalibrationStore | None = stores.opened.get("calibration")
     if calibration is not None:
@@ -80,7 +81,6 @@ def tune(
         errors = measured_errors(objective, PROFILE, layers)
     tuner = Tuner(goal, Planner(prices, errors), objective)
     space = Space.of(prices, stores, goal.share)
-    require_bytes(tuner.planner, goal)
 
     def evaluate(
         designs: Sequence[tuple[Design, float]],
@@ -116,18 +116,14 @@ def tune(
     return _outcome(tuner, stores, reached, chosen, prompts, began)
 
 
-def require_bytes(planner: Planner, goal: Goal) -> None:
+def require_bytes(prices: Prices, goal: Goal) -> None:
     """Raises UserError where no setting reads as few bytes as the goal allows."""
-    if goal.share is not None:
-        try:
-            planner.candidate(Design("impact"), goal.share)
-        except UserError:
-            cost = planner.prices.cost
-            least = sum(cost.per_neuron) / cost.mlp
-            raise UserError(
-                f"--bytes {goal.share:g} cannot be reached: one neuron a layer is the least, "
-                f"--bytes {least:.4f}"
-            ) from None
+    least = sum(prices.cost.per_neuron) / prices.cost.mlp
+    if goal.share is not None and goal.share < least:
+        raise UserError(
+            f"--bytes {goal.share:g} cannot be reached: one neuron a layer is the least, "
+            f"--bytes {least:.4f}"
+        )
 
 
 def _outcome(
