@@ -20,7 +20,7 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
             "truthfulqa_gen": {
                 "question": f"What is sky {i}?",
                 "best_answer": colour,
-                "correct_answers": [colour, f"very {colour}"],
+                "correct_answers": [colour, f"it is very {colour} up there"],
                 "incorrect_answers": ["sour", "loud"],
                 "category": "Sky",
             },

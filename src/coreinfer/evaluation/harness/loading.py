@@ -72,7 +72,9 @@ def load_from_hub(names: Sequence[str]) -> dict[str, ConfigurableTask]:
     Raises:
         UserError: if the data cannot be fetched.
     """
-    manager = TaskManager(include_path=OURS)
+    known = all(name in LOCAL_TASKS for name in names)  # the index of all takes some seconds
+    paths = sorted({definition_folder(name) for name in names}) if known else [OURS]
+    manager = TaskManager(include_path=paths, include_defaults=not known)
     loaded: dict[str, ConfigurableTask] = {}
     for name in names:
         try:
