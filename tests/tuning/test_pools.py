@@ -21,11 +21,10 @@ from coreinfer.tuning.pools import (
     InProcess,
     Pool,
     Processes,
-    RayCluster,
     Task,
     WorkerSpec,
-    require_ray,
 )
+from coreinfer.tuning.ray_cluster import JOIN_SECONDS, RayCluster, require_ray
 from tests.tiny import tiny_model, tiny_tokenizer
 
 KEYS = [
@@ -140,7 +139,7 @@ def test_somebody_else_there(monkeypatch: pytest.MonkeyPatch, listening: int) ->
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(UserError, match=r"no Ray cluster answers .*nothing within \d+ s"):
         require_ray(f"127.0.0.1:{listening}")
-    assert waited == [pools.JOIN_SECONDS]
+    assert waited == [JOIN_SECONDS]
 
 
 @needs_ray

@@ -73,8 +73,8 @@ def add_parser(verbs: Any) -> None:
         help="of moving bytes between layers after it, from 0 (default: 3)",
     )  # fmt: skip
     effort.add_argument(
-        "--search-prompts", type=whole, default=8, metavar="N",
-        help="prompts to search with at most, from 1 (default: 8)",
+        "--search-prompts", type=whole, default=16, metavar="N",
+        help="prompts to search with at most, from 1 (default: 16)",
     )  # fmt: skip
     effort.add_argument(
         "--report-prompts", type=whole, default=40, metavar="N",
@@ -125,9 +125,9 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.tuning.goal import Goal
     from coreinfer.tuning.journal import Journal
     from coreinfer.tuning.objective import WINDOWS_A_TASK, Objective
-    from coreinfer.tuning.pools import require_ray
     from coreinfer.tuning.prices import Prices
     from coreinfer.tuning.prompts import Amount, read_split
+    from coreinfer.tuning.ray_cluster import require_ray
     from coreinfer.tuning.run import Effort, tune
     from coreinfer.tuning.study import require_optuna
 
@@ -208,7 +208,8 @@ def _require_places(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _pool(args: argparse.Namespace, llm: LLM, stores: Stores) -> Iterator[Pool]:
-    from coreinfer.tuning.pools import InProcess, Processes, RayCluster, WorkerSpec, default_jobs
+    from coreinfer.tuning.pools import InProcess, Processes, WorkerSpec, default_jobs
+    from coreinfer.tuning.ray_cluster import RayCluster
 
     spec = WorkerSpec(
         args.model, llm.backend.name, args.dtype, args.device, args.threads, dict(stores.paths)

@@ -27,7 +27,7 @@ class Amount:
         raw: prompts are sent as they are, without the model's chat template.
     """
 
-    search: int = 8
+    search: int = 16
     report: int = 40
     prompt_tokens: int = 200
     continuation_tokens: int = 60
