@@ -130,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
     for rule in rules.values():
         backend.check(rule.setting.selector, rule.setting.stand_in)
     answers = open_answers(backend, Path(args.cache) if args.cache else cache_dir() / "eval")
+    for name, lack in left_out.items():
+        note(f"note: the rule {name} is left out, for it needs {lack}")
     record = {**describe_run(backend, rules, settings), "left_out": left_out, "tasks": []}
     with Bar() as bar:
         for section in run_plan(planned, backend, rules, settings, answers, bar.show):
@@ -159,8 +161,6 @@ def _rules(args: argparse.Namespace) -> tuple[dict[str, Rule], dict[str, str]]:
     if [str(rule) for rule in ready] == [BASELINE] and left_out:
         name, lack = next(iter(left_out.items()))
         raise UserError(f"the rule {name} needs {lack}, and there is no other one")
-    for name, lack in left_out.items():
-        note(f"note: the rule {name} is left out, for it needs {lack}")
     # What a rule's answers depend on beside its parameters: the stores, byte by byte.
     stores = [Path(getattr(args, name)) for name, given in has.items() if given]
     digests = tuple(digest_of([store]) for store in stores)

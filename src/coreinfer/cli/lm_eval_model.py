@@ -48,11 +48,7 @@ class CoreInfer(HarnessModel):
         options.add_stand_in_options(parser)
         parser.add_argument("--scoring", choices=("sparse", "dense"), default="sparse")
         parser.add_argument("--batch-size", type=whole, default=8)
-        beside = additional_config or {}
-        given = {name: beside[name] for name in ("batch_size", "device") if name in beside}
-        if not str(given.get("batch_size")).isdigit():  # "auto"
-            given.pop("batch_size", None)
-        args = parser.parse_args(_as_arguments(given | dict(arg_dict)))
+        args = parser.parse_args(_as_arguments(_beside(additional_config or {}) | dict(arg_dict)))
         setting = Setting(options.selector_from(args), options.stand_in_from(args))
         bar = Bar()
         return cls(
@@ -63,6 +59,20 @@ class CoreInfer(HarnessModel):
             seed=args.seed,
             on_progress=lambda done, total: bar.show("coreinfer", done, total),
         )
+
+
+def _beside(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of lm-eval's own options those that mean something here."""
+    import torch
+
+    batch_size, device = str(given.get("batch_size")), str(given.get("device"))
+    found: dict[str, Any] = {}
+    if batch_size.isdigit():  # else it is "auto"
+        found["batch_size"] = batch_size
+    # cuda:0 is its default, whatever the machine has.
+    if given.get("device") and (not device.startswith("cuda") or torch.cuda.is_available()):
+        found["device"] = device
+    return found
 
 
 def _as_arguments(given: Mapping[str, Any]) -> list[str]:
