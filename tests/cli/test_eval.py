@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +202,11 @@ def test_model_args_that_are_none_are_refused(model_dir: Path, given: str, messa
 
 
 def python(code: str, *, path: list[Path], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Another interpreter, in which the plug-in is as after an installation."""
-    start = f"import site; site.addsitedir({str(ROOT / 'plugins' / 'lm_eval')!r})\n"
+    """Another interpreter, with the plug-in as it is installed, or else as it would be."""
+    files = metadata.files("coreinfer") or []
+    installed = any(file.name == "coreinfer-lm-eval.pth" for file in files)
+    plugin = ROOT / "plugins" / "lm_eval"
+    start = "" if installed else f"import site; site.addsitedir({str(plugin)!r})\n"
     paths = os.pathsep.join(map(str, path))
     return subprocess.run(
         [sys.executable, "-c", start + code],
