@@ -12,7 +12,7 @@ from coreinfer.tuning.candidate import Candidate, Stores
 from coreinfer.tuning.goal import Goal
 from coreinfer.tuning.journal import Journal
 from coreinfer.tuning.result import Outcome
-from coreinfer.tuning.run import Effort, tune
+from coreinfer.tuning.run import MOST_REPORTED, Effort, tune
 from tests.tuning.fakes import COST, PRICES, Formula, loss_of, objective
 
 EFFORT = Effort(trials=32, rounds=2, seed=0)
@@ -82,7 +82,7 @@ def test_everything_is_said_of_the_front() -> None:
     assert shares == sorted(shares)
     assert losses == sorted(losses, reverse=True)
     reported = [point for point in outcome.front if point.report is not None]
-    assert len(reported) >= min(len(outcome.front), 10)
+    assert len(reported) >= min(len(outcome.front), MOST_REPORTED)
     for point in outcome.tried:
         assert set(point.quality) >= {"search"}
         beaten_by_none = all(

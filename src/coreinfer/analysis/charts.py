@@ -58,6 +58,8 @@ def draw(figure: Figure) -> Any:
         if chart.reference is not None:
             label, height = chart.reference
             axes.axhline(height, color="0.45", linestyle=(0, (1, 1)), linewidth=1, label=label)
+        if chart.log_y and min(_numbers(part.column(chart.y)), default=0.0) > 0:
+            axes.set_yscale("log")
         axes.set_xlabel(chart.x_label or chart.x)
         axes.set_ylabel(chart.y_label or chart.y)
         axes.tick_params(labelleft=True)
@@ -148,7 +150,7 @@ def _scatter(axes: Any, table: Table, chart: Chart, order: Order) -> None:
             _numbers(part.column(chart.y)),
             marker=MARKERS[i % len(MARKERS)],
             color=COLOURS[i % len(COLOURS)],
-            s=14,
+            s=70 if name is not None and name == chart.emphasis else 14,
             linewidth=0.8,
             label=name,
         )

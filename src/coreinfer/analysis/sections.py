@@ -66,6 +66,8 @@ class Chart:
         value: the number in a cell of a grid.
         x_label, y_label: what stands at the axes.
         log_x: x by powers of two.
+        log_y: y by powers of ten, where all of it is above 0.
+        emphasis: of a scatter, the series that is drawn larger.
         reference: what is drawn across as a thin line, label and height.
     """
 
@@ -80,6 +82,8 @@ class Chart:
     x_label: str = ""
     y_label: str = ""
     log_x: bool = False
+    log_y: bool = False
+    emphasis: str | None = None
     reference: tuple[str, float] | None = None
 
 

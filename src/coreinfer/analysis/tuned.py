@@ -22,8 +22,9 @@ METHOD = (
     "after their results: rule, stand-in, their options and the profile of the budgets by layer, "
     "where layers that lose more alone get more. Of the best, bytes are moved between groups of "
     "layers as long as the measured loss falls. All of this on some of the prompts; the others are "
-    "reported on. Bytes are those of the MLPs' weights that decoding reads a token, the stand-in "
-    "among them, relative to dense decoding."
+    "reported on. Beside what was chosen stand, at its bytes, the best setting with one keep for "
+    "all layers, and the same with the first and last layers dense. Bytes are those of the MLPs' "
+    "weights that decoding reads a token, the stand-in among them, relative to dense decoding."
 )
 
 
@@ -71,7 +72,8 @@ def section(outcome: Outcome, model: str) -> Section:
         findings=tuple(findings(outcome)),
         figures=(
             Figure(tried, Chart("scatter", x="mlp share", y="loss", series="kind", x_label=x,
-                                y_label=label, reference=limit)),
+                                y_label=label, log_y=True, reference=limit,
+                                emphasis="chosen")),
             Figure(reported, Chart("lines", x="mlp share", y="loss", series="kind", low="low",
                                    high="high", x_label=x, y_label=label, reference=limit)),
             Figure(keeps, Chart("lines", x="layer", y="keep", series="setting",

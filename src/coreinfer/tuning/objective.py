@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import pairwise
 from typing import Any
+
+from tqdm import tqdm
 
 from coreinfer.evaluation.continuations import Quality, Window
 from coreinfer.recording import RecordingPlan
@@ -14,6 +16,7 @@ from coreinfer.tuning.journal import Journal, digest
 from coreinfer.tuning.pools import DENSE, Pool, Task
 
 WINDOWS_A_TASK = 4  # prefilled together: the same whatever the workers, so that results are
+SETTINGS_A_TASK = 4  # measured on them at most: what Ctrl-C may cost, against prefilling anew
 
 
 class Objective:
@@ -28,7 +31,6 @@ class Objective:
         journal: what is known already; it grows.
         stores: that candidates may need.
         about: what else results depend on, plain JSON.
-        on_progress: told of what is being measured.
     """
 
     def __init__(
@@ -39,12 +41,10 @@ class Objective:
         stores: Stores,
         *,
         about: Mapping[str, Any],
-        on_progress: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self._pool = pool
         self._journal = journal
         self._stores = stores
-        self._on_progress = on_progress
         self._batches = {
             part: [texts[i : i + WINDOWS_A_TASK] for i in range(0, len(texts), WINDOWS_A_TASK)]
             for part, texts in parts.items()
@@ -62,7 +62,7 @@ class Objective:
         Args:
             part: its name.
             candidates: some of which may be equal.
-            what: they are, for the progress.
+            what: they are, for the progress bar.
 
         Raises:
             UserError: if a candidate does not fit the model, or the workers failed.
@@ -74,15 +74,19 @@ class Objective:
             for group in groups
             if (missing := [key for key in group if self._key(name, key) not in self._journal])
         ]
-        pieces = -(-self._pool.workers // max(len(work), 1))  # so that every worker has one
+        least = -(-self._pool.workers // max(len(work), 1))  # so that every worker has one
         work = [
-            (name, batch, piece) for name, batch, keys in work for piece in _split(keys, pieces)
+            (name, batch, piece)
+            for name, batch, keys in work
+            for piece in _split(keys, max(least, -(-len(keys) // SETTINGS_A_TASK)))
         ]
-        for position, result in self._pool.map([Task(batch, keys) for _, batch, keys in work]):
+        tasks = [Task(batch, keys) for _, batch, keys in work]
+        # disable=None: where nobody watches, nothing is drawn.
+        bar = tqdm(self._pool.map(tasks), what, len(tasks), leave=False, unit="task", disable=None)
+        for position, result in bar:
             name, _, keys = work[position]
             self._journal.add({self._key(name, key): one for key, one in result.items()})
             self.measured += len(keys)
-            self._on_progress(f"{what}: {len(keys)} settings on {len(self._batches[part])} batches")
         return [self._joined(part, candidate.key) for candidate in candidates]
 
     def dense(self, part: str) -> Quality:
