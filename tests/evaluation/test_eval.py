@@ -270,6 +270,15 @@ def test_tasks_that_cannot_run_are_refused(data: Path, tasks: list[str], message
         plan(tasks, EvalSettings(), data_dir=data, text=None)
 
 
+@pytest.mark.parametrize("kind", ["UNSAFE_CODE", "MULTIMODAL"])
+def test_tasks_of_another_kind_are_refused(
+    data: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(f"lm_eval.api.task.ConfigurableTask.{kind}", True, raising=False)
+    with pytest.raises(UserError, match=r"piqa (runs code|needs a model)"):
+        plan(["piqa"], EvalSettings(), data_dir=data, text=None)
+
+
 def test_without_a_folder_the_hubs_names_count(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["arc_challenge", "mmlu"]
     monkeypatch.setattr("coreinfer.evaluation.harness.loading.hub_task_names", lambda: names)

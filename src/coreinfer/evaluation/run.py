@@ -128,7 +128,11 @@ def _plan_harness(
                 "data": {"name": file, "sha256": digest_of([data_dir / file])},
                 "definition_sha256": digest_of([definition_folder(name)]),
             }
-    for task in made.harness.values():
+    for name, task in made.harness.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"{name} runs code that the model writes; this is not done here")
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"{name} needs a model that sees; there are language models here alone")
         set_few_shot(task, settings.few_shot)
 
 
