@@ -199,7 +199,7 @@ def test_another_model_is_refused(
     from tests.tiny import tiny_model, tiny_tokenizer
 
     other = tmp_path_factory.mktemp("other") / "m"
-    tiny_model(seed=5).save_pretrained(other)
+    tiny_model(seed=5, num_hidden_layers=4).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
     line = refusal(
         cli("tune", "--model", other, "--prompts", text, "--bytes", 0.7, *SMALL, "--jobs", 1,

@@ -69,6 +69,18 @@ def test_no_more_is_read_than_may_be_and_hardly_less(
     )
 
 
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=5), st.floats(0.001, 0.2))
+def test_few_bytes_for_layers_of_many_sizes(sizes: list[int], share: float) -> None:
+    made = planner(sizes, [1.0] * len(sizes))
+    try:
+        candidate = made.candidate(Design("impact"), share)
+    except UserError:
+        assert sum(made.prices.cost.per_neuron) > share * made.prices.cost.mlp
+    else:
+        assert read(made, candidate) <= share * made.prices.cost.mlp
+        assert all(round(k * size) >= 1 for k, size in zip(candidate.keeps, sizes, strict=True))
+
+
 @given(st.floats(0.2, 0.95), st.integers(0, 4))
 def test_a_level_profile_keeps_one_fraction(share: float, rank: int) -> None:
     made = planner([40, 80, 60, 40], [9.0, 1.0, 0.1, 3.0])

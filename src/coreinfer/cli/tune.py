@@ -150,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
     named = {name: path for name in ("calibration", "clusters") if (path := getattr(args, name))}
     stores = Stores.open(named)
     llm = options.load_model(args)
+    for store in stores.opened.values():
+        store.require_model(llm.backend.fingerprint, llm.name)
     skip = Skipped()
     split = read_split(llm.backend, args.prompts, amount, skip)
     parts = {

@@ -122,8 +122,12 @@ class Planner:
         """The same fraction everywhere; neurons by layer."""
         left = budget - stand_in * len(sparse)
         keep = min(left / sum(self.prices.layer(layer) for layer in sparse), 1.0)
-        sizes = self.prices.cost.num_neurons
-        return {layer: max(int(keep * sizes[layer]), 1) for layer in sparse}
+        cost = self.prices.cost
+        while True:
+            kept = {layer: max(int(keep * cost.num_neurons[layer]), 1) for layer in sparse}
+            if sum(cost.per_neuron[layer] * neurons for layer, neurons in kept.items()) <= left:
+                return kept
+            keep *= 0.98  # a small layer's one neuron is more than its fraction
 
     def _by_error(
         self, profile: Profile, sparse: Sequence[int], stand_in: int, budget: float

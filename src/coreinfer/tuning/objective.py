@@ -54,7 +54,6 @@ class Objective:
             part: [digest([dict(about), [asdict(window) for window in batch]]) for batch in batches]
             for part, batches in self._batches.items()
         }
-        self.measured = 0  # candidates times batches that were not known already
 
     def measure(self, part: str, candidates: Sequence[Candidate], what: str) -> list[Quality]:
         """The quality of each candidate on a part.
@@ -84,9 +83,8 @@ class Objective:
         # disable=None: where nobody watches, nothing is drawn.
         bar = tqdm(self._pool.map(tasks), what, len(tasks), leave=False, unit="task", disable=None)
         for position, result in bar:
-            name, _, keys = work[position]
+            name = work[position][0]
             self._journal.add({self._key(name, key): one for key, one in result.items()})
-            self.measured += len(keys)
         return [self._joined(part, candidate.key) for candidate in candidates]
 
     def dense(self, part: str) -> Quality:
