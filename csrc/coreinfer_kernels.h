@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Changes whenever a structure or a function does: the loader compares it.
-#define CI_ABI_VERSION 2
+#define CI_ABI_VERSION 3
 
 enum CiPath { CI_PORTABLE = 0, CI_AVX2 = 1, CI_AVX512 = 2 };
 enum CiDtype { CI_BFLOAT16 = 0, CI_INT8 = 1, CI_INT4 = 2, CI_FLOAT32 = 3, CI_FLOAT16 = 4 };
@@ -34,6 +34,7 @@ typedef struct {
 
 typedef struct {
   CiMatrix into;  // [2 * K16, d], tiles of gate and up alternating, or [K16, d]
+  CiMatrix up;    // gated and by neuron: [d, K], a record a neuron; else null, up is in `into`
   CiMatrix down;  // [d, K]
   const float* in_bias;  // [K16] or null
   int32_t gated;

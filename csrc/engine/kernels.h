@@ -21,9 +21,27 @@ void write_tile(typename S::F value, int32_t dtype, void* out, int64_t at) {
   }
 }
 
+// A record of bfloat16, whose last tile may be shorter.
+template <class S>
+void convert_record(const uint8_t* record, int64_t columns, int32_t out_dtype, void* out, int64_t at) {
+  const auto* weights = reinterpret_cast<const uint16_t*>(record);
+  const int64_t whole = columns / kTile * kTile;
+  for (int64_t i = 0; i < whole; i += kTile)
+    write_tile<S>(S::load_bfloat16(weights + i), out_dtype, out, at + i);
+  if (whole == columns) return;
+  const size_t left = static_cast<size_t>(columns - whole);
+  const size_t bytes = out_dtype == CI_FLOAT32 ? 4 : 2;
+  uint16_t last[kTile] = {};
+  alignas(64) uint8_t tile[4 * kTile];
+  std::memcpy(last, weights + whole, 2 * left);
+  write_tile<S>(S::load_bfloat16(last), out_dtype, tile, 0);
+  std::memcpy(static_cast<uint8_t*>(out) + bytes * static_cast<size_t>(at + whole), tile, bytes * left);
+}
+
 template <class S>
 void dequantize_record(const uint8_t* record, int64_t columns, int32_t dtype, int64_t size,
                        int32_t out_dtype, void* out, int64_t at) {
+  if (dtype == CI_BFLOAT16) return convert_record<S>(record, columns, out_dtype, out, at);
   const bool four = dtype == CI_INT4;
   const int64_t groups = columns / size;
   const uint8_t* halves = record + (four ? columns / 2 : columns);
@@ -124,7 +142,7 @@ void mlp(int, int threads, const CiMlp* mlp, int32_t activation, const float* x,
     Carver carver(worker.scratch + h_bytes + size.used() * worker.index);
     const MlpMemory memory(carver, *mlp, batch);
     const Batch inputs = padded_inputs<S>(mlp->into, x, batch, memory.inputs);
-    neurons<S>(worker, *mlp, activation, inputs, h);
+    neurons<S>(worker, *mlp, activation, inputs, memory.numbers, h);
     worker.wait();
     if (!mlp->by_neuron) {
       down_by_tile<S>(worker, down, batch, h, memory.inputs,

@@ -26,26 +26,99 @@ void product(const Worker& worker, const CiMatrix& w, const Batch& batch, const 
   }
 }
 
-// h [rows][K16] of this worker's neurons: act(gate x) * up x, or act(fc1 x + bias).
+// A record's float16 numbers of `count` groups as floats; the record may end right after them.
+template <class S>
+void read_halves(const uint8_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kTile) {
+    uint16_t halves[kTile] = {};
+    const int64_t size = count - i < kTile ? count - i : kTile;
+    std::memcpy(halves, from + 2 * i, static_cast<size_t>(2 * size));
+    S::store(to + i, S::load_half(halves));
+  }
+}
+
+// Of a matrix that is stored by neuron: a record has a number for each of its rows.
+inline int64_t record_bytes(const CiMatrix& matrix) {
+  const int64_t n = matrix.rows;
+  if (matrix.dtype == CI_BFLOAT16) return 2 * n;
+  const int64_t q = matrix.dtype == CI_INT8 ? n : n / 2;
+  return q + n / matrix.group_size * scales_per_group(matrix.dtype) * 2;
+}
+
+// Calls visit(tile, its sixteen weights) for some tiles of a record. `numbers` is memory for scales
+// and minima.
+template <class S, class Visit>
+void read_record(const CiMatrix& matrix, const uint8_t* record, Range tiles, float* numbers,
+                 const Visit& visit) {
+  if (matrix.dtype == CI_BFLOAT16) {
+    const auto* weights = reinterpret_cast<const uint16_t*>(record);
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      uint16_t last[kTile] = {};
+      const uint16_t* from = weights + kTile * t;
+      if (kTile * (t + 1) > matrix.rows) {
+        std::memcpy(last, from, static_cast<size_t>(2 * (matrix.rows - kTile * t)));
+        from = last;
+      }
+      visit(t, S::load_bfloat16(from));
+    }
+    return;
+  }
+  const int64_t groups = matrix.rows / matrix.group_size;
+  const bool four = matrix.dtype == CI_INT4;
+  const uint8_t* halves = record + (four ? matrix.rows / 2 : matrix.rows);
+  float* scales = numbers;
+  float* minima = numbers + pad(groups);
+  read_halves<S>(halves, groups, scales);
+  if (!four) {
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      const auto* q = reinterpret_cast<const int8_t*>(record) + kTile * t;
+      visit(t, S::mul(S::load_int8(q), S::set(scales[kTile * t / matrix.group_size])));
+    }
+    return;
+  }
+  read_halves<S>(halves + 2 * groups, groups, minima);
+  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+    const int64_t group = kTile * t / matrix.group_size;
+    visit(t, S::fma(S::load_int4(record + 8 * t), S::set(scales[group]), S::set(minima[group])));
+  }
+}
+
+// Sum over a record's weights times x, which is padded to 16 with zeros.
+template <class S>
+float dot_record(const CiMatrix& matrix, int64_t neuron, const float* x, float* numbers) {
+  typename S::F total = S::zero();
+  const uint8_t* record = matrix.data + neuron * record_bytes(matrix);
+  read_record<S>(matrix, record, {0, pad(matrix.rows) / kTile}, numbers,
+                 [&](int64_t t, typename S::F w) { total = S::fma(w, S::load(x + kTile * t), total); });
+  return S::sum(total);
+}
+
+// h [rows][K16] of this worker's neurons: act(gate x) * up x, or act(fc1 x + bias). Where up is
+// stored by neuron, that of a neuron whose gate is zero is not read.
 template <class S>
 void neurons(const Worker& worker, const CiMlp& mlp, int32_t activation, const Batch& batch,
-             float* const* h) {
+             float* numbers, float* const* h) {
   const Range tiles = share(worker, pad(mlp.down.columns) / kTile);
   const int64_t bytes = tile_bytes(mlp.into);
-  const int parts = mlp.gated ? 2 : 1;
+  const bool up_by_neuron = mlp.up.data != nullptr, up_by_tile = mlp.gated && !up_by_neuron;
   const TileFunction tile = row_tile<S>(mlp.into.dtype, batch.count);
   alignas(64) float z[CI_MAX_ROWS * kTile], up[CI_MAX_ROWS * kTile];
   for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    const uint8_t* data = mlp.into.data + parts * t * bytes;
+    const uint8_t* data = mlp.into.data + (up_by_tile ? 2 : 1) * t * bytes;
     tile(data, mlp.into.columns, mlp.into.group_size, batch, z);
-    if (mlp.gated) tile(data + bytes, mlp.into.columns, mlp.into.group_size, batch, up);
+    if (up_by_tile) tile(data + bytes, mlp.into.columns, mlp.into.group_size, batch, up);
     for (int b = 0; b < batch.count; ++b) {
       typename S::F value = S::load(z + kTile * b);
       if (mlp.in_bias != nullptr) value = S::add(value, S::load(mlp.in_bias + kTile * t));
       value = activate<S>(activation, value);
-      if (mlp.gated) value = S::mul(value, S::load(up + kTile * b));
+      if (up_by_tile) value = S::mul(value, S::load(up + kTile * b));
       S::store(h[b] + kTile * t, value);
     }
+    if (!up_by_neuron) continue;
+    const int64_t end = kTile * (t + 1) < mlp.up.columns ? kTile * (t + 1) : mlp.up.columns;
+    for (int64_t n = kTile * t; n < end; ++n)
+      for (int b = 0; b < batch.count; ++b)  // read once: for the next row it is in the cache
+        if (h[b][n] != 0.0f) h[b][n] *= dot_record<S>(mlp.up, n, batch.rows[b].x, numbers);
   }
 }
 
@@ -105,63 +178,6 @@ void down_by_tile(const Worker& worker, const CiMatrix& down, int rows, float* c
   }
 }
 
-// A record's float16 numbers of `count` groups as floats; the record may end right after them.
-template <class S>
-void read_halves(const uint8_t* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += kTile) {
-    uint16_t halves[kTile] = {};
-    const int64_t size = count - i < kTile ? count - i : kTile;
-    std::memcpy(halves, from + 2 * i, static_cast<size_t>(2 * size));
-    S::store(to + i, S::load_half(halves));
-  }
-}
-
-// y [outputs of this worker] += h_n times record n, for one neuron. Outputs begin..end are tiles.
-template <class S>
-void add_record(const CiMatrix& down, const uint8_t* record, float h, Range tiles, float* numbers,
-                float* y) {
-  const typename S::F factor = S::set(h);
-  if (down.dtype == CI_BFLOAT16) {
-    const auto* weights = reinterpret_cast<const uint16_t*>(record);
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      uint16_t last[kTile] = {};
-      const uint16_t* from = weights + kTile * t;
-      if (kTile * (t + 1) > down.rows) {
-        std::memcpy(last, from, static_cast<size_t>(2 * (down.rows - kTile * t)));
-        from = last;
-      }
-      S::store(y + kTile * t, S::fma(S::load_bfloat16(from), factor, S::load(y + kTile * t)));
-    }
-    return;
-  }
-  const int64_t groups = down.rows / down.group_size;
-  const bool four = down.dtype == CI_INT4;
-  const uint8_t* halves = record + (four ? down.rows / 2 : down.rows);
-  float* scales = numbers;
-  float* minima = numbers + pad(groups);
-  read_halves<S>(halves, groups, scales);
-  if (four) read_halves<S>(halves + 2 * groups, groups, minima);
-  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    const int64_t group = kTile * t / down.group_size;
-    typename S::F sum = S::load(y + kTile * t);
-    if (four) {
-      sum = S::fma(S::load_int4(record + 8 * t), S::set(h * scales[group]), sum);
-      sum = S::add(sum, S::set(h * minima[group]));
-    } else {
-      const auto* q = reinterpret_cast<const int8_t*>(record) + kTile * t;
-      sum = S::fma(S::load_int8(q), S::set(h * scales[group]), sum);
-    }
-    S::store(y + kTile * t, sum);
-  }
-}
-
-inline int64_t record_bytes(const CiMatrix& down) {
-  const int64_t n = down.rows;
-  if (down.dtype == CI_BFLOAT16) return 2 * n;
-  const int64_t q = down.dtype == CI_INT8 ? n : n / 2;
-  return q + n / down.group_size * scales_per_group(down.dtype) * 2;
-}
-
 // y [rows][outputs of this worker] = W_down h, neuron by neuron: those that are zero are not read.
 template <class S>
 void down_by_neuron(const Worker& worker, const CiMatrix& down, int rows, float* const* h,
@@ -171,8 +187,13 @@ void down_by_neuron(const Worker& worker, const CiMatrix& down, int rows, float*
   for (int b = 0; b < rows; ++b)
     for (int64_t t = tiles.begin; t < tiles.end; ++t) S::store(y[b] + kTile * t, S::zero());
   for (int64_t n = 0; n < down.columns; ++n)
-    for (int b = 0; b < rows; ++b)  // a record is read once: for the next row it is in the cache
-      if (h[b][n] != 0.0f) add_record<S>(down, down.data + n * bytes, h[b][n], tiles, numbers, y[b]);
+    for (int b = 0; b < rows; ++b) {  // a record is read once: for the next row it is in the cache
+      if (h[b][n] == 0.0f) continue;
+      const typename S::F factor = S::set(h[b][n]);
+      read_record<S>(down, down.data + n * bytes, tiles, numbers, [&](int64_t t, typename S::F w) {
+        S::store(y[b] + kTile * t, S::fma(w, factor, S::load(y[b] + kTile * t)));
+      });
+    }
 }
 
 }  // namespace

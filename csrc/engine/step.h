@@ -307,7 +307,7 @@ class Step {
         batch.rows[i] = all.rows[same.rows[i]];
         h[i] = memory.h[same.rows[i]];
       }
-      neurons<S>(worker, rows_[b].mlps[index], model_.activation, batch, h);
+      neurons<S>(worker, rows_[b].mlps[index], model_.activation, batch, mine.numbers, h);
     }
     for (int b = 0; b < count_; ++b) {
       const CiMatrix& right = rows_[b].stand_ins[index].right;

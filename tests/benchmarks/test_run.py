@@ -218,15 +218,23 @@ def test_a_worker_warms_up_runs_and_says_what_it_decoded_with(engine: str, keep:
     assert about["bytes_per_token"] == dense if keep == 1 else about["bytes_per_token"] < dense
 
 
-def test_skipped_zeros_are_counted_and_not_counted_as_read() -> None:
-    job = replace(JOB, shape=TINY_OPT, dtype="int8")
+@pytest.mark.parametrize(
+    ("shape", "least", "parts"),
+    [(TINY_OPT, 0.75, 1), ({**TINY, "hidden_act": "relu"}, 0.3, 2)],
+    ids=["plain", "gated"],
+)
+def test_skipped_zeros_are_counted_and_not_counted_as_read(
+    shape: dict[str, Any], least: float, parts: int
+) -> None:
+    """fc1 or the gate is read whole; of fc2, or of up and down, what is not multiplied by zero."""
+    job = replace(JOB, shape=shape, dtype="int8")
     plain = answers_to(replace(job, skip_zeros=False))[2]["about"]
     skipping = answers_to(job)[2]["about"]
     assert (plain["selector"], plain["zero_activations"]) == ("dense", None)
     assert skipping["selector"] == "skip-zeros"
-    assert 0.75 < skipping["zero_activations"] < 0.97
-    # fc1 is read whole, of fc2 the columns that are not zero: two layers of 256 neurons
-    saved = 2 * 256 * (64 + 4) * skipping["zero_activations"]
+    assert least < skipping["zero_activations"] < 0.97
+    neurons = shape["num_hidden_layers"] * shape.get("ffn_dim", shape.get("intermediate_size"))
+    saved = neurons * parts * (64 + 4) * skipping["zero_activations"]
     assert plain["bytes_per_token"] - skipping["bytes_per_token"] == pytest.approx(saved, abs=1)
 
 

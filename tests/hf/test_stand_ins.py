@@ -36,7 +36,10 @@ def test_stand_ins_are_the_written_formula(family: str, name: str) -> None:
         mean, x_mean = r.mean(dim=0), x.mean(dim=0)
         slope = torch.zeros(len(mean), len(x_mean), dtype=torch.float64)
         if name == "linear":
-            slope = _ridge(x - x_mean, r - mean, 0.3, 3)
+            rest_h = h[1:, rest].double()
+            slope = down_weight(model, layer)[:, rest].double() @ _ridge(
+                x - x_mean, rest_h - rest_h.mean(dim=0), 0.3, 3
+            )
         rests.append((mean, x_mean, slope))
     with torch.no_grad():
         out = model(torch.tensor([A]), use_cache=True)
@@ -64,7 +67,7 @@ def test_stand_ins_are_the_written_formula(family: str, name: str) -> None:
 
 
 def _ridge(x: Tensor, r: Tensor, ridge: float, rank: int) -> Tensor:
-    """The reduced-rank ridge regression in its primal form: [d_r, d_x]."""
+    """The reduced-rank ridge regression in its primal form: [K, d]."""
     penalty = ridge * x.square().sum(dim=1).mean()
     tall = torch.cat([x, penalty.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
     target = torch.cat([r, torch.zeros(x.shape[1], r.shape[1], dtype=x.dtype)])

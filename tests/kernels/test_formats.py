@@ -111,6 +111,12 @@ def test_any_finite_weights_give_finite_ones(
     assert bool(((back - w).abs() <= 0.6 * limit + 2e-5).all())
 
 
+def test_one_column_may_be_a_row_turned_round() -> None:
+    row = torch.randn(1, 9)
+    form = WeightFormat("bfloat16", 0)
+    assert torch.equal(form.dequantize(form.quantize(row.t()), 1), row.t().bfloat16().float())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dequantised_weights_are_rounded_once(dtype: torch.dtype) -> None:
     form, w = WeightFormat("int4", 16), matrix(3, 32)

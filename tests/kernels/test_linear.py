@@ -94,6 +94,8 @@ def test_the_twin_of_an_mlp_does_what_its_text_says(
     x = inputs(1, columns)
     y, h = mlp_twin(packed, x, "silu")
     z = [linear_twin(pack(part, columns, form), x) for part in parts[:-1]]
+    if gated and skip_zeros:  # read row by row, up meets the inputs as they are
+        z[1] = x @ form.dequantize(parts[1], columns).t()
     wanted_h = (
         functional.silu(z[0]) * z[1] if gated else functional.silu(z[0] + packed.in_bias[:rows])
     )
@@ -141,6 +143,25 @@ def test_native_mlps_equal_the_twins(
             found = mlp(packed, x, "relu", threads=2)
         # h differs in its last bits, so a few of its numbers may be rounded the other way.
         assert far(found, mlp_twin(packed, x, "relu")[0]) < (5e-3 if form.group_size else 1e-5)
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_what_a_zero_makes_needless_is_not_read(form: WeightFormat, gated: bool, path: str) -> None:
+    packed = random_mlp(form, gated=gated, skip_zeros=True)
+    x = inputs(3, packed.into.columns)
+    with using(path):
+        wanted = mlp(packed, x, "relu", threads=2)
+    _, h = mlp_twin(packed, x, "relu")
+    idle = (h == 0).all(dim=0)
+    assert idle.any()
+    for part in (packed.down, packed.up):
+        if part is not None:
+            part.data.view(packed.num_neurons, -1)[idle] = 255  # not a number, in every format
+    with using(path):
+        assert torch.equal(mlp(packed, x, "relu", threads=2), wanted)
+    assert wanted.isfinite().all()
 
 
 @pytest.mark.parametrize("path", NATIVE)

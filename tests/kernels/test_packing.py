@@ -10,7 +10,12 @@ from coreinfer.errors import UserError
 from coreinfer.kernels.arena import Arena, Mappings
 from coreinfer.kernels.formats import GROUP_SIZES, WeightFormat
 from coreinfer.kernels.packing import pack, pack_mlp
-from coreinfer.kernels.packing_twin import unpack_down, unpack_row, unpack_rows
+from coreinfer.kernels.packing_twin import (
+    unpack_down,
+    unpack_records,
+    unpack_row,
+    unpack_rows,
+)
 from tests.kernels.paths import PATHS, using
 
 FORMATS = [WeightFormat("bfloat16", 0)]
@@ -72,11 +77,16 @@ def test_a_packed_mlp_holds_its_chosen_neurons(
             assert torch.equal(mlp.into.data, kept[0].into.data)
             assert torch.equal(mlp.down.data, kept[0].down.data)
             assert mlp.num_neurons == len(rows)
-        into = unpack_rows(kept[0].into).unflatten(0, (-1, len(parts) - 1, 16))
-        for part in range(len(parts) - 1):
+        in_tiles = 1 if by_neuron else len(parts) - 1
+        into = unpack_rows(kept[0].into).unflatten(0, (-1, in_tiles, 16))
+        for part in range(in_tiles):
             weights = into[:, part].flatten(0, 1)
             assert torch.equal(weights[: len(rows)], form.dequantize(parts[part][rows], columns))
             assert not weights[len(rows) :].any()  # neurons that pad a tile do nothing
+        assert all((mlp.up is not None) == (gated and by_neuron) for mlp in kept)
+        if kept[0].up is not None:
+            assert all(torch.equal(mlp.up.data, kept[0].up.data) for mlp in kept)
+            assert torch.equal(unpack_records(kept[0].up), form.dequantize(parts[1][rows], columns))
         q, scales, minima = unpack_down(kept[0].down)
         if form.group_size:
             grouped = q.unflatten(1, (-1, form.group_size))

@@ -75,7 +75,8 @@ class BackendEngine:
 
 
 class SkippingEngine(BackendEngine):
-    """A ReLU model on the native backend, which does not read the down columns of zeros.
+    """A ReLU model on the native backend, which does not read what a zero makes needless: the down
+    column and, gated, the up row.
 
     Its dense rows call themselves "skip-zeros": the answer is the same, the bytes are fewer.
     """
@@ -94,13 +95,13 @@ class SkippingEngine(BackendEngine):
         zeros = self._zeros()
         assert plain.bytes_per_token is not None
         weights = self._native.weights
-        column = weights.format.row_bytes(weights.config.hidden_size)
+        skipped = (weights.mlp_parts - 1) * weights.format.row_bytes(weights.config.hidden_size)
         kept = sum(core_set.kept(layer) for layer in range(core_set.num_layers))
         return About(
             dtype=plain.dtype,
             selector="skip-zeros" if plain.selector == "dense" else plain.selector,
             density=plain.density,
-            bytes_per_token=plain.bytes_per_token - round(zeros * kept * column),
+            bytes_per_token=plain.bytes_per_token - round(zeros * kept * skipped),
             zero_activations=zeros,
         )
 

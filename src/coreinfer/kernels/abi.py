@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 PATHS = ("portable", "avx2", "avx512")
 
 _pointer = ctypes.c_void_p
@@ -27,6 +27,7 @@ class Mlp(ctypes.Structure):
 
     _fields_ = (
         ("into", Matrix),
+        ("up", Matrix),
         ("down", Matrix),
         ("in_bias", _pointer),
         ("gated", ctypes.c_int32),

@@ -167,7 +167,8 @@ class WeightFormat:
             rounded = weights.to(torch.bfloat16)
             if rounded.isinf().any():
                 raise UserError(_too_large(weights, self.dtype))
-            return rounded.contiguous().view(torch.uint8)
+            # Flat first: a single column counts as contiguous whatever its stride.
+            return rounded.flatten().view(torch.uint8).view(rows, -1)
         grouped = weights.reshape(rows, -1, self.group_size)
         if self.dtype == "int8":
             scales = _half(grouped.abs().amax(-1, keepdim=True) / 127, weights, self.dtype)

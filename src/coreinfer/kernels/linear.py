@@ -103,9 +103,7 @@ def dequantize(
     library = native()
     wanted = form.row_bytes(columns)
     fits = records.dim() == 2 and records.dtype == torch.uint8 and records.shape[1] == wanted
-    if form.dtype == "bfloat16" and fits and index is None and out is not None:
-        return out.copy_(records.view(torch.bfloat16))
-    if library is None or not fits or dtype not in _OUT_DTYPES or form.dtype == "bfloat16":
+    if library is None or not fits or dtype not in _OUT_DTYPES:
         found = form.dequantize(records if index is None else records[index], columns, dtype)
         return found if out is None else out.copy_(found)
     source = records if records.stride(1) == 1 else records.contiguous()
@@ -136,9 +134,10 @@ def abi_matrix(packed: Packed) -> Matrix:
 
 def abi_mlp(packed: PackedMlp) -> AbiMlp:
     """As `abi_matrix`, of an MLP."""
-    down = packed.down
+    down, up = packed.down, packed.up
     return AbiMlp(
         abi_matrix(packed.into),
+        Matrix() if up is None else _matrix(up.data, up.outputs, up.neurons, up.format),
         _matrix(down.data, down.outputs, down.neurons, down.format),
         None if packed.in_bias is None else packed.in_bias.data_ptr(),
         int(packed.gated),

@@ -11,7 +11,8 @@ activation, a[n, G] = h_n * scale[n, G], and a is rounded in blocks of 32 neuron
 the core set: y[G] = sum_n a[n, G] q[n, G]; for int4, whose q are not centred, it is
 y[G] = sum_n a[n, G] (q[n, G] - 8) + sum_n h_n (minimum[n, G] + 8 scale[n, G]), the second sum not
 rounded, so that the rounding meets numbers around zero. Stored by neuron (ReLU models) it is an
-exact float32 sum over the neurons that are not zero.
+exact float32 sum over the neurons that are not zero, and a gated MLP's up rows meet exact float32
+inputs for these neurons.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn import functional
 from coreinfer.errors import UserError
 from coreinfer.kernels.formats import WeightFormat
 from coreinfer.kernels.layout import TILE, Packed, PackedDown, PackedMlp
-from coreinfer.kernels.packing_twin import unpack_down, unpack_rows
+from coreinfer.kernels.packing_twin import unpack_down, unpack_records, unpack_rows
 
 NEURON_BLOCK = 32  # neurons of a down projection whose activations are rounded together
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
@@ -100,7 +101,9 @@ def mlp_twin(mlp: PackedMlp, x: Tensor, activation: str) -> tuple[Tensor, Tensor
     z = linear_twin(mlp.into, x)
     if mlp.in_bias is not None:
         z = z + mlp.in_bias
-    if mlp.gated:  # tiles of gate and up alternate
+    if mlp.up is not None:
+        h = activate(z, activation)[:, : mlp.num_neurons] * (x @ unpack_records(mlp.up).t())
+    elif mlp.gated:  # tiles of gate and up alternate
         gate, up = z.unflatten(1, (-1, 2, TILE)).unbind(2)
         h = activate(gate, activation).flatten(1) * up.flatten(1)
     else:

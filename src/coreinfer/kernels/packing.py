@@ -71,8 +71,8 @@ def pack_mlp(
         hidden_size: d.
         index: int32 [K], the neurons to take; all of them unless given.
         in_bias: float32 [D], of fc1; for MLPs that are not gated.
-        skip_zeros: store the down projection by neuron, so that neurons whose activation is
-            exactly zero are not read: for ReLU.
+        skip_zeros: store what comes after the activation function by neuron (the down column and,
+            gated, the up row), so that neurons for which it is exactly zero are not read: for ReLU.
         arena, threads: as in `pack`.
 
     Raises:
@@ -85,20 +85,26 @@ def pack_mlp(
     if gated and in_bias is not None:
         raise UserError("biases of the neurons are known of plain MLPs alone, this one is gated")
     neurons = len(records) if index is None else len(index)
-    rows = (parts - 1) * padded(neurons)
+    in_tiles = 1 if skip_zeros else parts - 1
+    rows = in_tiles * padded(neurons)
     into = _memory(arena, packed_bytes(form, rows, hidden_size))
-    _pack_rows(records, size, parts - 1, index, hidden_size, form, into, threads)
-    down = _memory(arena, down_bytes(form, neurons, hidden_size, skip_zeros))
-    _pack_down(records, (parts - 1) * size, index, hidden_size, form, skip_zeros, down, threads)
+    _pack_rows(records, size, in_tiles, index, hidden_size, form, into, threads)
+
+    def by_neuron_or_streamed(part: int) -> PackedDown:
+        out = _memory(arena, down_bytes(form, neurons, hidden_size, skip_zeros))
+        _pack_down(records, part * size, index, hidden_size, form, skip_zeros, out, threads)
+        return PackedDown(form, neurons, hidden_size, skip_zeros, out)
+
     bias = None
     if in_bias is not None:
         chosen = in_bias if index is None else in_bias[index]
         bias = pad(chosen.to(torch.float32), (0, -neurons % 16)).contiguous()
     return PackedMlp(
         into=Packed(form, rows, hidden_size, into),
-        down=PackedDown(form, neurons, hidden_size, skip_zeros, down),
+        down=by_neuron_or_streamed(parts - 1),
         gated=gated,
         in_bias=bias,
+        up=by_neuron_or_streamed(1) if gated and skip_zeros else None,
     )
 
 
@@ -159,10 +165,11 @@ def _pack_down(
     out: Tensor,
     threads: int | None,
 ) -> None:
-    """The down projection: the records' bytes from `offset` on."""
+    """A part of the records, from byte `offset` on: streamed as a down projection, or as it is."""
     library = native()
     if library is None:
-        chosen = (records if index is None else records[index])[:, offset:]
+        chosen = records if index is None else records[index]
+        chosen = chosen[:, offset : offset + form.row_bytes(outputs)]
         out.copy_(chosen.flatten() if by_neuron else pack_down(chosen, outputs, form))
         return
     source, neurons, choice = _source(records, index)

@@ -104,12 +104,18 @@ def _q_bytes(form: WeightFormat, columns: int) -> int:
     return columns if form.dtype == "int8" else columns // 2
 
 
+def unpack_records(part: PackedDown) -> Tensor:
+    """The weights [K, outputs] float32 of a part that is stored by neuron."""
+    form, outputs = part.format, part.outputs
+    return form.dequantize(part.data.view(part.neurons, form.row_bytes(outputs)), outputs)
+
+
 def unpack_down(down: PackedDown) -> tuple[Tensor, Tensor, Tensor]:
     """q [K, outputs], scales and minima [K, groups], float32; no groups for bfloat16."""
     form, outputs, neurons = down.format, down.outputs, padded(down.neurons)
     if form.dtype == "bfloat16":
         if down.by_neuron:
-            q = form.dequantize(down.data.view(down.neurons, form.row_bytes(outputs)), outputs)
+            q = unpack_records(down)
         else:
             pairs = down.data.view(torch.bfloat16)
             pairs = pairs.view(padded(outputs) // TILE, neurons // 2, TILE, 2)

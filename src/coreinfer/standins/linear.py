@@ -16,14 +16,18 @@ from coreinfer.standins.sample import LayerSample, Spectrum
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(StandIn):
-    """Adds r_mean + M (x - x_mean), with M of rank `rank`.
+    """Adds r_mean + M (x - x_mean), with M of rank `rank`, for r_t = W_down[:, rest] h_t[rest].
 
-    M minimises sum_t |r_t - r_mean - M (x_t - x_mean)|^2 + lambda |M|^2 over the prompt's sampled
-    tokens among the matrices of that rank, with lambda = ridge * mean_t |x_t - x_mean|^2, where
-    r_t = W_down[:, rest] h_t[rest]. It is solved in the S x S dual: with X, R the centred rows and
-    X X^T = U diag(s) U^T, the full-rank minimiser is M = R^T (X X^T + lambda)^-1 X, and the best
-    one of rank k projects it on the k leading right singular vectors of
-    diag(sqrt(s / (s + lambda))) U^T R (reduced-rank ridge regression).
+    M = W_down[:, rest] P, where P predicts the dropped activations: over the prompt's sampled
+    tokens it minimises sum_t |h_t - h_mean - P (x_t - x_mean)|^2 + lambda |P|^2 among the matrices
+    of that rank, with lambda = ridge * mean_t |x_t - x_mean|^2. At full rank that is the ridge
+    regression of r_t itself; below it, W_down meets `rank` vectors instead of every token, and on
+    SmolLM2 the KL is the same as with the best M of that rank.
+
+    P is solved in the S x S dual: with X, H the centred rows and X X^T = U diag(s) U^T, the
+    full-rank minimiser is H^T (X X^T + lambda)^-1 X, and the best one of rank k projects it on the
+    k leading right singular vectors of diag(sqrt(s / (s + lambda))) U^T H (reduced-rank ridge
+    regression).
 
     A prompt with fewer than two usable tokens leaves M = 0: the stand-in is then their mean.
 
@@ -50,9 +54,11 @@ class Linear(StandIn):
         if sample.h is None:
             raise ValueError("no token was sampled")
         spectrum = sample.spectrum()
-        r = down(sample.h.index_select(1, dropped), dropped).double()  # [S, d]
-        r_mean = r.mean(dim=0)
-        left, right = _reduced_rank_ridge(spectrum, r - r_mean, self.ridge, self.rank)
+        h = sample.h.index_select(1, dropped).float()  # [S, rest]
+        h_mean = h.mean(dim=0)
+        directions, right = _reduced_rank_ridge(spectrum, h - h_mean, self.ridge, self.rank)
+        moved = down(torch.cat([directions.t(), h_mean[None]]), dropped).double()  # [k + 1, d]
+        left, r_mean = moved[:-1].t(), moved[-1]
         offset = r_mean - left @ (right @ spectrum.mean)
         return StandInTerms(*(part.to(down.dtype).contiguous() for part in (offset, left, right)))
 
@@ -64,26 +70,29 @@ def check_ridge(ridge: float) -> None:
         raise UserError(f"ridge must be a finite number above 0, got {ridge!r}")
 
 
-def _reduced_rank_ridge(x: Spectrum, r: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors left [d_r, k] and right [k, d_x] of M, k = min(rank, S, d_x, d_r).
+def _reduced_rank_ridge(x: Spectrum, h: Tensor, ridge: float, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors left [K, k] and right [k, d] of P, k = min(rank, S, d, K).
 
     Args:
-        x: of the inputs [S, d_x]; r: the centred targets, [S, d_r] float64.
+        x: of the inputs [S, d]; h: the centred targets, [S, K] float32.
     """
     tokens, width = x.centred.shape
-    rank = min(rank, tokens, width, r.shape[1])
+    rank = min(rank, tokens, width, h.shape[1])
     energy = x.values.sum()  # the trace of the Gram matrix: sum_t |x_t - x_mean|^2
     if not x.varies:
-        return r.new_zeros(r.shape[1], rank), r.new_zeros(rank, width)
+        return h.new_zeros(h.shape[1], rank), x.centred.new_zeros(rank, width)
     penalty = ridge * energy / tokens
-    # With P = U^T R and w = sqrt(s / (s + lambda)): the right singular vectors of diag(w) P, by the
-    # eigenvectors of its S x S side. But for its Gram matrix, R meets thin matrices alone.
+    # With w = sqrt(s / (s + lambda)), v = 1 / (w (s + lambda)) and F = diag(w) U^T H, the full-rank
+    # solution is F^T diag(v) U^T X. To project it on right singular vectors of F is to put B B^T
+    # into its middle, B the left ones: (F^T B) (B^T diag(v) U^T X). But for the Gram matrix of H,
+    # H meets thin matrices alone.
     weights = (x.values / (x.values + penalty)).sqrt()
     vectors = x.vectors * weights
-    squares, basis = torch.linalg.eigh(vectors.t() @ (r @ r.t()) @ vectors)
-    squares, basis = squares[-rank:], basis[:, -rank:]
-    # Directions without energy are left out: dividing by their rounding noise would amplify it.
-    scale = torch.where(squares > 1e-12 * squares.max(), squares.clamp(min=1e-300).rsqrt(), 0.0)
-    left = r.t() @ (vectors @ basis * scale)  # [d_r, k], orthonormal columns (or zero)
-    dual = x.vectors.t() @ (r @ left) / (x.values + penalty).unsqueeze(1)  # [S, k]
-    return left, (x.vectors @ dual).t() @ x.centred  # right: [k, d_x]
+    gram = (h @ h.t()).double()
+    basis = torch.linalg.eigh(vectors.t() @ gram @ vectors).eigenvectors[:, -rank:]
+    left = h.t() @ (vectors @ basis).float()
+    # Where inputs have no energy, U^T X is rounding noise.
+    has_energy = x.values > 1e-12 * x.values.max()
+    inverse = torch.where(has_energy, 1 / (weights * (x.values + penalty)), 0.0)
+    right = (x.vectors * inverse @ basis).t() @ x.centred
+    return left, right

@@ -29,7 +29,8 @@ class NativeBackend:
         compute: what a prefill multiplies in; float32 is exact.
         cache_dtype: of keys and values, bfloat16 or float32.
         prefill_chunk: tokens that a prefill pass reads at most, over all sequences.
-        skip_zeros: do not read the down columns of neurons whose ReLU is exactly zero.
+        skip_zeros: do not read the down columns, nor a gated MLP's up rows, of neurons whose ReLU
+            is exactly zero.
     """
 
     name = "native"

@@ -29,7 +29,8 @@ def open_native(
         model: a folder that `coreinfer convert` wrote, or whatever `coreinfer.load` takes; that is
             converted when it is first used, into the local cache.
         dtype: "bfloat16", "int8" or "int4"; None for what a converted folder holds, or bfloat16.
-        skip_zeros: do not read the down columns of neurons whose ReLU is exactly zero.
+        skip_zeros: do not read the down columns, nor a gated MLP's up rows, of neurons whose ReLU
+            is exactly zero.
         on_progress: told, a line each, what takes long.
 
     Raises:

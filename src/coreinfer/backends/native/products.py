@@ -8,6 +8,8 @@ from torch import Tensor
 from coreinfer.kernels.formats import WeightFormat
 from coreinfer.kernels.linear import dequantize
 
+_BLOCK = 256  # neurons
+
 
 def compute_dtype() -> torch.dtype:
     """The dtype that this processor multiplies fastest in, of those that are precise enough.
@@ -53,9 +55,16 @@ class Products:
         """h [N, K], records of columns [K, d = size], bias [d] -> [N, d] float32.
 
         Args:
-            index: int32 [K], the records that are meant, where there are more.
+            index: int32 [K], the records that are meant, where there are more; they are taken some
+                at a time, so that what is dequantised is still in the cache when it is multiplied.
         """
-        return _plus(self._product(h, records, size, transposed=False, index=index), bias)
+        if index is None:
+            return _plus(self._product(h, records, size, transposed=False), bias)
+        y = torch.zeros(len(h), size)
+        step = max(_BLOCK, 8 * len(h))  # adding a block's products must cost less than making them
+        for part, chosen in zip(h.split(step, dim=1), index.split(step), strict=True):
+            y += self._product(part, records, size, transposed=False, index=chosen)
+        return _plus(y, bias)
 
     def _product(
         self,

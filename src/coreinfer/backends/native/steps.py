@@ -47,7 +47,7 @@ class Stepper:
 
     def __init__(self, weights: NativeWeights, *, skip_zeros: bool = True) -> None:
         self._weights = weights
-        # A neuron whose activation is exactly zero is not read.
+        # What a neuron that is exactly zero would be multiplied by is not read.
         self._skip_zeros = skip_zeros and weights.config.activation == "relu"
         self._arena = Arena()
         self._mappings = Mappings()  # of core neurons: each prompt's in turn
