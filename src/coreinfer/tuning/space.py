@@ -115,13 +115,8 @@ class Space:
             for rank in self.ranks[max(at - 1, 0) : at] + self.ranks[at + 1 : at + 2]:
                 yield {**level, "rank": rank}
         most = self.most_dense
-        # Layers at the ends are worth most in many models.
-        for first, last, spread, bend in (
-            (most, most // 2, 0.0, 0.0),
-            (0, 0, 0.5, 0.0),
-            (most // 2, 1, 0.5, 0.5),
-        ):
-            profile = Profile(min(first, most), min(last, most), spread, bend=bend)
+        for first, last, spread in ((most, most // 2, 0.0), (0, 0, 0.5), (most // 2, 1, 0.5)):
+            profile = Profile(first=min(first, most), last=min(last, most), spread=spread)
             yield self._parameters(rule, stand_in, profile)
 
     def _parameters(self, rule: str, stand_in: str, profile: Profile) -> dict[str, Any]:
@@ -131,8 +126,8 @@ class Space:
             wanted = _default(stand_in, "rank")
             made["rank"] = min(self.ranks, key=lambda rank: abs(rank - wanted))
             made[f"{stand_in}.ridge"] = _default(stand_in, "ridge")
-        for name in ("first", "last", "spread", "slope", "bend"):
-            made[name] = getattr(profile, name)
+        made |= {name: getattr(profile, name) for name in ("first", "last", "spread")}
+        made |= {"slope": 0.0, "bend": 0.0}
         return made if self.share is not None else {**made, "share": START_SHARE}
 
 
