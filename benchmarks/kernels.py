@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import markdown, provenance, write_json, write_text
+from coreinfer.backends.native.tensors import head_format
 from coreinfer.kernels.arena import Arena
 from coreinfer.kernels.decode import decode_step
 from coreinfer.kernels.formats import DTYPES, WeightFormat
@@ -70,7 +71,7 @@ def model_of(
     """A random decoder, and a plan that keeps that part of each layer's neurons."""
     d, arena, ones = shape.hidden, Arena(), Norm(torch.ones(shape.hidden))
     q_rows, kv_rows = shape.heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim
-    count = round(keep * shape.neurons)
+    count, head = round(keep * shape.neurons), head_format(form)
     chosen = torch.randperm(shape.neurons)[:count].sort().values.to(torch.int32)
     records = random_records(form, shape.neurons, d, parts=3)
     linears, mlps = [], []
@@ -82,7 +83,7 @@ def model_of(
     weights = DecoderWeights(
         layers=linears,
         final_norm=ones,
-        head=pack(random_records(form, shape.vocab, d), d, form, arena=arena),
+        head=pack(random_records(head, shape.vocab, d), d, head, arena=arena),
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,

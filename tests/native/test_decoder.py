@@ -13,9 +13,19 @@ from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.generation import generate
 from coreinfer.runtime.sampling import SamplingParams
-from coreinfer.selectors import SELECTORS, Dense, Impact, Selector, Stability
+from coreinfer.selectors import (
+    SELECTORS,
+    Auto,
+    Dense,
+    Impact,
+    Selector,
+    Similarity,
+    Stability,
+    Static,
+)
 from coreinfer.standins import Linear, Mean, StandIn
 from tests.native.pairs import FORMATS, ODD, VARIANTS, Pair, tiny_pair
+from tests.semantics.stores import random_store
 from tests.tiny import BOS, tiny_model
 
 PROMPTS = [
@@ -24,15 +34,16 @@ PROMPTS = [
     [7],
 ]
 RULE = Stability(alpha=0.3, beta=0.4)
-ROUNDING = 0.06  # of activations to eight bits, relative, through three layers
+# Of activations to one or two digits of eight bits, relative, through three layers.
+ROUNDING = {"int4": 0.06, "int8": 1e-3}
 close = torch.testing.assert_close
 
 
 def near(got: Tensor, want: Tensor, pair: Pair, tolerance: float) -> None:
     if pair.native.dtype == "bfloat16":
         close(got, want, rtol=tolerance, atol=tolerance)
-    else:  # the kernels round activations to eight bits there
-        assert (got - want).norm() < ROUNDING * want.norm()
+    else:
+        assert (got - want).norm() < ROUNDING[pair.native.dtype] * want.norm()
 
 
 def same_answers(pair: Pair, rule: Selector, stand_in: StandIn | None, tolerance: float) -> None:
@@ -81,6 +92,24 @@ RULES = [
 def test_every_rule_chooses_the_same_core_sets(name: str, dtype: str) -> None:
     for variant in ("llama", "opt"):
         same_answers(tiny_pair(variant, dtype), SELECTORS[name](), None, 1e-3)
+
+
+@pytest.mark.parametrize("core", [False, True], ids=["hidden", "core"])
+@pytest.mark.parametrize("variant", ["llama", "opt"])
+def test_rules_with_clusters_choose_the_same_core_sets(variant: str, core: bool) -> None:
+    pair = tiny_pair(variant)
+    sizes, hidden = pair.native.weights.num_neurons, pair.native.weights.config.hidden_size
+    clusters = random_store(
+        sizes=sizes, hidden=hidden, core=core, model_fingerprint=pair.hf.fingerprint
+    )
+    rules = [
+        Static(clusters=clusters, beta=0.4),
+        Similarity(clusters=clusters, gamma=0.3),
+        Auto(clusters=clusters, min_similarity=-1.0),
+        Auto(clusters=clusters, min_similarity=-1.0, mode="choice", min_stability=1.0),
+    ]
+    for rule in rules:
+        same_answers(pair, rule, None, 1e-3)
 
 
 def test_greedy_answers_are_the_same_tokens() -> None:
