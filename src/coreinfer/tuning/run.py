@@ -23,8 +23,8 @@ from coreinfer.tuning.tuner import REPORT, SEARCH, Tuner
 PROFILE = "profile"  # the part of the prompts that single layers are measured on
 ONE_KEEP = "best one keep"  # for all layers
 ENDS_DENSE = "ends dense"  # the same with the first 3 and last 2 layers dense
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # at which the front is completed
-MOST_REPORTED = 8  # points of the front
+SHARES = (0.4, 0.55, 0.8, 0.9)  # at which the front is completed
+MOST_REPORTED = 6  # points of the front
 
 
 @dataclass(frozen=True)
