@@ -3,7 +3,9 @@
     python -m benchmarks.token_time --shape 135m --out benchmarks/results/token-time-135m
 
 Random weights in the shapes of real models. The steps take turns, so that a machine that slows
-down does so for all; what a part takes is the median difference to the whole step of the same turn.
+down does so for all; a turn is a few steps, of which the first brings the weights of a small model
+back into the processor's cache and does not count. What a part takes is the median difference to
+the whole step of the same turn.
 What no part explains are norms, the threads' meetings and Python: timed alone, as a decoder of the
 same depth that has next to nothing to multiply.
 """
@@ -72,10 +74,15 @@ def step_of(variant: Variant, form: WeightFormat, threads: int) -> Callable[[], 
     return partial(decode_step, weights, [row], threads)
 
 
-def seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(step: Callable[[], object], steps: int) -> float:
+    """Of a step: the median of some, after one more."""
     step()
-    return time.perf_counter() - start
+    taken = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return median(taken)
 
 
 def main() -> None:
@@ -86,7 +93,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.4])
     parser.add_argument("--tokens", type=int, default=128, help="in the KV cache")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=100)
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10, help="of a turn")
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -98,11 +106,9 @@ def main() -> None:
         found = variants(shape, args.tokens, keep)
         steps = {name: step_of(variant, form, args.threads) for name, variant in found.items()}
         times: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(args.turns + 1):
+        for _ in range(args.turns):
             for name, step in steps.items():
-                taken = seconds(step)
-                if turn:  # the first warms up
-                    times[name].append(taken)
+                times[name].append(seconds(step, args.steps))
         whole = median(times["whole"])
         for name, taken_by in times.items():
             part = median(
