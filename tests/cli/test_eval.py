@@ -79,6 +79,7 @@ def test_json_is_the_record(cli: Cli, usual: list[Any], tmp_path: Path) -> None:
     measured = dense["tasks"][0]["metrics"][0]["rules"]
     assert measured["dense"]["value"] == measured["stability"]["value"]
     assert dense["tasks"][0]["rules"]["stability"]["density"] == 1
+    assert dense["tasks"][0]["rules"]["stability"]["sparse_tokens"] == 0
 
 
 def test_a_calibration_brings_the_best_rule_and_static(

@@ -202,7 +202,9 @@ def answers_of(*tokens: int) -> list[dict[str, Any]]:
 def test_all_but_the_first_token_of_each_answer_is_sparse(
     tokens: tuple[int, ...], share: float
 ) -> None:
-    assert cost_of(answers_of(*tokens))["sparse_tokens"] == max(0.0, share)
+    answers = answers_of(*tokens)
+    assert cost_of(answers)["sparse_tokens"] == share
+    assert cost_of([{**one, "density": 1.0} for one in answers])["sparse_tokens"] == 0
 
 
 def test_a_table_says_what_was_measured() -> None:

@@ -37,13 +37,14 @@ def cost_of(answers: Sequence[Answer]) -> dict[str, float]:
 
     Returns:
         density and bytes_per_token: means over the answers. sparse_tokens: the share of the tokens
-        that the sparse layers predict, which is all but the first of each answer.
+        that sparse layers predict: all but the first of each answer, none where all is dense.
     """
     tokens = sum(answer["tokens"] for answer in answers)
+    sparse = sum(max(0, a["tokens"] - 1) for a in answers if a["density"] < 1)
     return {
         "density": fmean(answer["density"] for answer in answers),
         "bytes_per_token": fmean(answer["bytes_per_token"] for answer in answers),
-        "sparse_tokens": (tokens - len(answers)) / tokens if tokens else 0.0,
+        "sparse_tokens": sparse / tokens if tokens else 0.0,
     }
 
 

@@ -89,7 +89,9 @@ def run_text_task(
             Metric("kl", column("kl"), higher_is_better=False),
             Metric("agreement", column("agreement")),
         ]
-    costs = {name: {**cost_of(rows), "sparse_tokens": 1.0} for name, rows in given.items()}
+    costs = {name: cost_of(rows) for name, rows in given.items()}
+    for cost in costs.values():  # the first token is not among those that are measured
+        cost["sparse_tokens"] = float(cost["density"] < 1)
     return section(
         task,
         metrics,
