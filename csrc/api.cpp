@@ -37,6 +37,11 @@ void ci_dequantize(int path, int threads, const uint8_t* records, int64_t stride
                            out_dtype, out);
 }
 
+void ci_fit_four_bits(int path, int threads, const float* weights, int64_t groups, int32_t size,
+                      float* scales, float* minima) {
+  kernels(path).fit_four_bits(path, threads, weights, groups, size, scales, minima);
+}
+
 void ci_statistics(int path, int threads, const float* h, int64_t stride, int64_t tokens,
                    int64_t neurons, const int64_t* tops, double* square_sum, double* unit_square_sum,
                    double* positive_sum, int64_t* counts) {

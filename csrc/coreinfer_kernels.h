@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Changes whenever a structure or a function does: the loader compares it.
-#define CI_ABI_VERSION 3
+#define CI_ABI_VERSION 4
 
 enum CiPath { CI_PORTABLE = 0, CI_AVX2 = 1, CI_AVX512 = 2 };
 enum CiDtype { CI_BFLOAT16 = 0, CI_INT8 = 1, CI_INT4 = 2, CI_FLOAT32 = 3, CI_FLOAT16 = 4 };
@@ -99,7 +99,7 @@ typedef struct {
   int32_t cache_bfloat16;  // else float32
 } CiRow;
 
-enum { CI_MAX_ROWS = 8 };
+enum { CI_MAX_ROWS = 8, CI_MAX_GROUP = 256 };
 
 CI_EXPORT int ci_abi_version(void);
 
@@ -124,6 +124,10 @@ CI_EXPORT void ci_pack_down(int threads, const uint8_t* records, int64_t stride,
 CI_EXPORT void ci_dequantize(int path, int threads, const uint8_t* records, int64_t stride,
                    const int32_t* index, int64_t rows, int64_t columns, int32_t dtype,
                    int32_t group_size, int32_t out_dtype, void* out);
+
+// Float16 scales and minima, as floats, that fit groups of `size` weights in four bits.
+CI_EXPORT void ci_fit_four_bits(int path, int threads, const float* weights, int64_t groups,
+                      int32_t size, float* scales, float* minima);
 
 // Adds, for each neuron and over the rows h [tokens, neurons] that lie `stride` floats apart: h^2,
 // h^2 / |h|^2 and, unless tops [neurons + 1] is null, the positive h and how often it is among the

@@ -7,6 +7,7 @@ namespace coreinfer {
 
 struct Kernels {
   decltype(&ci_dequantize) dequantize;
+  decltype(&ci_fit_four_bits) fit_four_bits;
   decltype(&ci_statistics) statistics;
   decltype(&ci_linear) linear;
   decltype(&ci_mlp) mlp;

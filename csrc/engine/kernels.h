@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../paths.h"
+#include "fit.h"
 #include "statistics.h"
 #include "step.h"
 
@@ -166,7 +167,7 @@ void decode(int, int threads, const CiModel* model, const CiRow* rows, int32_t b
 
 template <class S>
 constexpr coreinfer::Kernels kernels_of() {
-  return {dequantize<S>, statistics<S>, linear<S>, mlp<S>, decode<S>};
+  return {dequantize<S>, fit_four_bits<S>, statistics<S>, linear<S>, mlp<S>, decode<S>};
 }
 
 }  // namespace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 PATHS = ("portable", "avx2", "avx512")
 
 _pointer = ctypes.c_void_p

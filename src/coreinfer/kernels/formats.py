@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from coreinfer.errors import UserError
+from coreinfer.kernels.four_bits import fit_four_bits, nearest
 
 DTYPES = ("bfloat16", "int8", "int4")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 
 _LARGEST = torch.finfo(torch.float16).max
-_CLIPPED_RANGES = (1.0, 0.9, 0.8, 0.7)  # of a group's range, to start the search for int4 from
-_REFINEMENTS = 2
 _BLOCK_ELEMENTS = 1 << 17  # weights quantised at a time: what stays in a core's cache
 
 
@@ -172,39 +171,15 @@ class WeightFormat:
         grouped = weights.reshape(rows, -1, self.group_size)
         if self.dtype == "int8":
             scales = _half(grouped.abs().amax(-1, keepdim=True) / 127, weights, self.dtype)
-            q = _nearest(grouped / scales, -127, 127).to(torch.int8)
+            q = nearest(grouped / scales, -127, 127).to(torch.int8)
             return _join(q.view(rows, -1).view(torch.uint8), scales)
-        scales, minima = _fit_four_bits(grouped, self.dtype)
-        q = _nearest((grouped - minima) / scales, 0, 15).to(torch.uint8).view(rows, -1, 2, 4)
+        low, high = grouped.amin(-1), grouped.amax(-1)
+        # Outside these no scale and minimum can go.
+        _half((high - low) / 15, grouped, self.dtype)
+        _half(torch.maximum(low.abs(), high.abs()), grouped, self.dtype)
+        scales, minima = fit_four_bits(grouped)
+        q = nearest((grouped - minima) / scales, 0, 15).to(torch.uint8).view(rows, -1, 2, 4)
         return _join((q[:, :, 0] | (q[:, :, 1] << 4)).flatten(1), scales, minima)
-
-
-def _fit_four_bits(grouped: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Scales and minima [R, groups, 1], as float16 holds them, of w = scale * q + minimum."""
-    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-    # Outside these the search cannot go: checked once, against the widest range.
-    _half((high - low) / 15, grouped, dtype)
-    _half(torch.maximum(low.abs(), high.abs()), grouped, dtype)
-    mean = grouped.mean(-1, keepdim=True)
-    best_scale = best_minimum = best_error = torch.tensor(torch.inf)
-    for part in _CLIPPED_RANGES:
-        scale, minimum = part * (high - low) / 15, (low + high - part * (high - low)) / 2
-        for refinement in range(_REFINEMENTS + 1):
-            scale, minimum = (x.to(torch.float16).to(torch.float32) for x in (scale, minimum))
-            q = _nearest((grouped - minimum) / scale, 0, 15)
-            error = (q * scale).add_(minimum).sub_(grouped).square_().sum(-1, keepdim=True)
-            better = error < best_error
-            best_scale = torch.where(better, scale, best_scale)
-            best_minimum = torch.where(better, minimum, best_minimum)
-            best_error = torch.where(better, error, best_error)
-            if refinement < _REFINEMENTS:
-                q_mean = q.mean(-1, keepdim=True)
-                q -= q_mean
-                spread = q.square().sum(-1, keepdim=True)
-                slope = (q * (grouped - mean)).sum(-1, keepdim=True) / spread
-                scale = torch.where(spread > 0, slope, scale)
-                minimum = mean - scale * q_mean
-    return best_scale, best_minimum
 
 
 def _half(numbers: Tensor, weights: Tensor, dtype: str) -> Tensor:
@@ -216,11 +191,6 @@ def _half(numbers: Tensor, weights: Tensor, dtype: str) -> Tensor:
 
 def _too_large(weights: Tensor, dtype: str) -> str:
     return f"a weight of magnitude {weights.abs().max():.4g} is too large for {dtype}"
-
-
-def _nearest(quotients: Tensor, low: int, high: int) -> Tensor:
-    """Whole numbers in low..high; where float16 rounds a scale to 0, q is 0 or low."""
-    return quotients.nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(low, high)
 
 
 def _join(q: Tensor, *numbers: Tensor) -> Tensor:
