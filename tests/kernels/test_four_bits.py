@@ -1,4 +1,4 @@
-"""The search for four-bit scales: the native call against its twin, and both against brute force."""
+"""The search for four-bit scales: the native call against its twin, both against brute force."""
 
 from __future__ import annotations
 
