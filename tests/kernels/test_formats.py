@@ -145,6 +145,11 @@ def test_no_such_format(dtype: str, size: int) -> None:
         WeightFormat(dtype, size)
 
 
+def test_bfloat16_has_no_groups() -> None:
+    with pytest.raises(UserError, match="no groups, got a group size of 16; leave it out"):
+        WeightFormat("bfloat16", 16)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("form", ALL, ids=str)
 def test_weights_that_are_not_finite_are_refused(form: WeightFormat, bad: float) -> None:

@@ -49,9 +49,14 @@ class WeightFormat:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"no weight format {self.dtype!r}; one of {', '.join(DTYPES)} would do")
-        sizes = (0,) if self.dtype == "bfloat16" else GROUP_SIZES
-        if self.group_size not in sizes:
-            would_do = ", ".join(map(str, sizes))
+        if self.dtype == "bfloat16":
+            if self.group_size != 0:
+                raise UserError(
+                    f"bfloat16 weights have no groups, got a group size of {self.group_size!r}; "
+                    "leave it out"
+                )
+        elif self.group_size not in GROUP_SIZES:
+            would_do = ", ".join(map(str, GROUP_SIZES))
             raise UserError(
                 f"group size of {self.dtype} is {self.group_size!r}; {would_do} would do"
             )
