@@ -6,6 +6,7 @@ import importlib.util
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,21 @@ def test_ray_gives_the_same(
         assert dict(pool.map(TASKS)) == expected
     finally:
         pool.close()
+
+
+def test_a_worker_does_not_outlive_who_started_it() -> None:
+    script = (
+        "from multiprocessing import get_context\n"
+        "from coreinfer.tuning.pools import end_with_parent\n"
+        "child = get_context('spawn').Process(target=end_with_parent)\n"
+        "child.start()\n"
+        "print(child.pid, flush=True)\n"
+        "child.join()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)  # it is there
+        parent.kill()
+        # The child has the other end of the pipe: it closes when the child ends.
+        assert parent.stdout.read() == b""

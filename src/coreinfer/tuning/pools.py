@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from typing import ClassVar, Protocol
 
 from coreinfer.api import load
@@ -81,13 +82,23 @@ class Worker:
 
     @classmethod
     def start(cls, spec: WorkerSpec) -> None:
-        """In a new process: Ctrl-C is the first process's to deal with."""
+        """In a new process: Ctrl-C is the first process's to deal with, and its end is ours."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=end_with_parent, daemon=True).start()
         cls.current = cls.of(spec)
 
     @classmethod
     def run(cls, task: Task) -> Result:
         return cls.current.measure(task)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, killed perhaps: a worker that waits
+    for work would keep its model in memory for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def default_jobs(model_bytes: int, threads: int) -> int:
