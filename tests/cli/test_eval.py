@@ -14,7 +14,7 @@ import pytest
 
 from coreinfer.cli.lm_eval_model import CoreInfer
 from coreinfer.errors import UserError
-from coreinfer.evaluation.answers import Answers
+from coreinfer.journal import Journal
 from tests.calibration.stores import build
 from tests.cli.conftest import Cli, refusal
 from tests.evaluation.rows import write_all
@@ -102,7 +102,7 @@ def test_an_interrupted_run_is_130_and_goes_on(
     argv = ["eval", *usual, "--tasks", "piqa,kl", "--limit", 3, "--batch-size", 1, "--json"]
     wanted = json.loads(cli(*argv, "--cache", tmp_path / "other").out)
     with monkeypatch.context() as patch:
-        interrupt(patch, Answers, "add", after=5)
+        interrupt(patch, Journal, "add", after=5)
         assert cli(*argv).code == 130
     (file,) = (tmp_path / "c").glob("*.jsonl")
     before = file.read_bytes()

@@ -14,7 +14,6 @@ import pytest
 
 from coreinfer.backends.hf.session import HfBackend
 from coreinfer.errors import UserError
-from coreinfer.evaluation.answers import Answers
 from coreinfer.evaluation.continuations import Setting, measure, windows
 from coreinfer.evaluation.local import LOCAL_TASKS
 from coreinfer.evaluation.rules import Rule
@@ -29,6 +28,7 @@ from coreinfer.evaluation.run import (
 )
 from coreinfer.evaluation.section import HEAD, Metric, cost_of, markdown, section, table_rows
 from coreinfer.evaluation.texts import TEXT_TASKS
+from coreinfer.journal import Journal
 from coreinfer.selectors import Dense, Impact, Random, Stability
 from coreinfer.standins import Linear
 from tests.evaluation.rows import write_all
@@ -55,12 +55,12 @@ def backend(**options: Any) -> HfBackend:
 
 
 def run(
-    data: Path, tasks: list[str], answers: Answers | None = None, **settings: Any
+    data: Path, tasks: list[str], answers: Journal | None = None, **settings: Any
 ) -> list[dict[str, Any]]:
     made = EvalSettings(**{"limit": 3, "few_shot": 0, **settings})
     planned = plan(tasks, made, data_dir=data, text=None)
     return list(
-        run_plan(planned, backend(), RULES, made, Answers() if answers is None else answers)
+        run_plan(planned, backend(), RULES, made, Journal() if answers is None else answers)
     )
 
 
@@ -133,14 +133,14 @@ def test_an_interrupted_run_goes_on(
     tasks = ["piqa", "triviaqa", "kl"]
     wanted = run(data, tasks, batch_size=1)
     with monkeypatch.context() as patch:
-        interrupt(patch, Answers, "add", after=25)
+        interrupt(patch, Journal, "add", after=25)
         with pytest.raises(KeyboardInterrupt):
-            run(data, tasks, Answers(tmp_path, {}), batch_size=1)
-    known = Answers(tmp_path, {})
+            run(data, tasks, Journal.for_settings(tmp_path, {}), batch_size=1)
+    known = Journal.for_settings(tmp_path, {})
     assert len(known) > 0
     before = len(known)
     assert run(data, tasks, known, batch_size=1) == wanted
-    complete = Answers(tmp_path, {})
+    complete = Journal.for_settings(tmp_path, {})
     assert len(complete) > before
     with monkeypatch.context() as patch:  # a finished one computes nothing
         interrupt(patch, HfBackend, "start", after=0)
@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_another_rule_is_all_that_is_computed(data: Path) -> None:
-    answers = Answers()
+    answers = Journal()
     settings = EvalSettings(limit=2)
     planned = plan(["piqa"], settings, data_dir=data, text=None)
     (first,) = run_plan(planned, tiny_backend(), {"dense": RULES["dense"]}, settings, answers)
@@ -302,7 +302,7 @@ def test_a_text_that_is_missing_too_short_or_no_text_is_refused(tmp_path: Path) 
     path.write_text("short")
     planned = plan(["kl"], EvalSettings(), data_dir=None, text=path)
     with pytest.raises(UserError, match="the text has 5 tokens, 40 windows of 200"):
-        list(run_plan(planned, tiny_backend(), RULES, EvalSettings(), Answers()))
+        list(run_plan(planned, tiny_backend(), RULES, EvalSettings(), Journal()))
 
 
 def test_without_the_extra_perplexity_runs_and_tasks_say_what_to_install(
@@ -328,10 +328,10 @@ def test_names_that_people_use(data: Path) -> None:
 def test_prompts_through_the_chat_template(data: Path) -> None:
     settings = EvalSettings(limit=2, few_shot=1, chat=True)
     planned = plan(["piqa"], settings, data_dir=data, text=None)
-    made = list(run_plan(planned, backend(chat=True), RULES, settings, Answers()))
+    made = list(run_plan(planned, backend(chat=True), RULES, settings, Journal()))
     assert made[0]["items"] == 2
     with pytest.raises(UserError, match="has no chat template"):
-        list(run_plan(planned, tiny_backend(), RULES, settings, Answers()))
+        list(run_plan(planned, tiny_backend(), RULES, settings, Journal()))
 
 
 def test_progress_is_told_by_task(data: Path) -> None:
@@ -340,7 +340,7 @@ def test_progress_is_told_by_task(data: Path) -> None:
     planned = plan(["piqa", "kl"], settings, data_dir=data, text=None)
     dense = {"dense": RULES["dense"]}
     run = run_plan(
-        planned, tiny_backend(), dense, settings, Answers(), lambda *step: told.append(step)
+        planned, tiny_backend(), dense, settings, Journal(), lambda *step: told.append(step)
     )
     assert len(list(run)) == 2
     assert told == [("piqa", 1, 2), ("piqa", 2, 2), ("kl", 1, 2), ("kl", 2, 2)]
@@ -352,7 +352,7 @@ def test_two_rows_of_every_real_file_run(shared: Path) -> None:
     names = [*LOCAL_TASKS, *TEXT_TASKS]
     planned = plan(names, settings, data_dir=shared / "data", text=None)
     rules = {name: RULES[name] for name in ("dense", "random")}
-    made = list(run_plan(planned, backend(), rules, settings, Answers()))
+    made = list(run_plan(planned, backend(), rules, settings, Journal()))
     assert [one["items"] for one in made] == [2] * len(names)
     cut = {one["task"] for one in made if one.get("contexts_cut")}
     assert "xsum" in cut  # 512 tokens of a byte each are not much

@@ -10,10 +10,10 @@ from lm_eval.api.instance import Instance
 
 from coreinfer.backends.hf.session import HfBackend
 from coreinfer.errors import UserError
-from coreinfer.evaluation.answers import Answers
 from coreinfer.evaluation.continuations import Setting
 from coreinfer.evaluation.harness.model import HarnessModel
 from coreinfer.evaluation.rules import Rule
+from coreinfer.journal import Journal
 from coreinfer.runtime.scoring import Pair, score
 from coreinfer.selectors import Dense, Impact, Oracle, Random, Stability
 from coreinfer.standins import Linear
@@ -219,7 +219,7 @@ def test_a_long_prompt_leaves_room_for_the_answer() -> None:
 
 
 def test_what_is_known_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = Answers()
+    answers = Journal()
     requests = asked("loglikelihood", *PAIRS)
     dense = {"dense": RULES["dense"]}
     first = HarnessModel(tiny_backend(), dense, answers=answers).loglikelihood(requests)

@@ -7,8 +7,8 @@ from math import exp
 
 from coreinfer.core.measures import ReadCost
 from coreinfer.evaluation.continuations import Quality, Window
+from coreinfer.journal import Journal
 from coreinfer.tuning.candidate import Candidate, Stores
-from coreinfer.tuning.journal import Journal
 from coreinfer.tuning.objective import Objective
 from coreinfer.tuning.pools import DENSE, Result, Task
 from coreinfer.tuning.prices import Prices

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from coreinfer.errors import UserError
+from coreinfer.journal import Journal
 from coreinfer.tuning.candidate import Candidate, Stores
 from coreinfer.tuning.goal import Goal
-from coreinfer.tuning.journal import Journal
 from coreinfer.tuning.result import Outcome
 from coreinfer.tuning.run import MOST_REPORTED, Effort, tune
 from tests.tuning.fakes import COST, PRICES, Formula, loss_of, objective

@@ -121,9 +121,9 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from coreinfer.journal import Journal
     from coreinfer.tuning.candidate import Stores
     from coreinfer.tuning.goal import Goal
-    from coreinfer.tuning.journal import Journal
     from coreinfer.tuning.objective import WINDOWS_A_TASK, Objective
     from coreinfer.tuning.prices import Prices
     from coreinfer.tuning.prompts import Amount, read_split

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from coreinfer.errors import UserError
-from coreinfer.evaluation.answers import key_of
 from coreinfer.evaluation.continuations import Setting
+from coreinfer.journal import key_of
 from coreinfer.selectors import SELECTORS
 from coreinfer.standins import STAND_INS
 

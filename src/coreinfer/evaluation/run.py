@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from coreinfer import __version__
 from coreinfer.backends.base import Backend
 from coreinfer.errors import UserError, require_whole
-from coreinfer.evaluation.answers import Answers
 from coreinfer.evaluation.local import ALIASES, LOCAL_TASKS, digest_of
 from coreinfer.evaluation.rules import Rule, nearest
 from coreinfer.evaluation.section import Section, markdown, table_rows
 from coreinfer.evaluation.texts import TEXT_FILE, TEXT_TASKS, WINDOWS, read_text, run_text_task
 from coreinfer.files import replace_when_done
+from coreinfer.journal import Journal
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -200,10 +200,10 @@ def _versions(*packages: str) -> dict[str, str]:
     return {"coreinfer": __version__, **found}
 
 
-def open_answers(backend: Backend, cache: Path | None) -> Answers:
-    """The answers this model gave before, in a folder; in memory without one."""
+def open_answers(backend: Backend, cache: Path) -> Journal:
+    """The answers this model gave before, in a folder."""
     settings = {"format": FORMAT, **_about_model(backend), "versions": _versions(*ANSWERING)}
-    return Answers(cache, settings)
+    return Journal.for_settings(cache, settings)
 
 
 def run_plan(
@@ -211,7 +211,7 @@ def run_plan(
     backend: Backend,
     rules: Mapping[str, Rule],
     settings: EvalSettings,
-    answers: Answers,
+    answers: Journal,
     on_progress: Callable[[str, int, int], None] = lambda _task, _done, _total: None,
 ) -> Iterator[Section]:
     """Run the tasks, one after the other.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from coreinfer.evaluation.answers import Answer
 from coreinfer.evaluation.bootstrap import RESAMPLES, Aggregate, interval, resampled
+from coreinfer.journal import Entry
 
 Section = dict[str, Any]  # plain JSON
 
@@ -32,7 +32,7 @@ class Metric:
     resamples: int = RESAMPLES
 
 
-def cost_of(answers: Sequence[Answer]) -> dict[str, float]:
+def cost_of(answers: Sequence[Entry]) -> dict[str, float]:
     """What the answers of a rule were computed with.
 
     Returns:

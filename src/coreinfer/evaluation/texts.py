@@ -11,7 +11,6 @@ from typing import Any
 from coreinfer.api import in_batches
 from coreinfer.backends.base import Backend
 from coreinfer.errors import UserError
-from coreinfer.evaluation.answers import Answer, Answers, key_of
 from coreinfer.evaluation.continuations import (
     Quality,
     Window,
@@ -21,6 +20,7 @@ from coreinfer.evaluation.continuations import (
 )
 from coreinfer.evaluation.rules import BASELINE, Rule
 from coreinfer.evaluation.section import Metric, Section, cost_of, section
+from coreinfer.journal import Entry, Journal, key_of
 from coreinfer.jsonl import not_utf8, open_to_read
 
 TEXT_TASKS = ("perplexity", "kl")
@@ -43,7 +43,7 @@ def run_text_task(
     backend: Backend,
     rules: Mapping[str, Rule],
     text: str,
-    answers: Answers,
+    answers: Journal,
     *,
     count: int = WINDOWS,
     batch_size: int = 8,
@@ -109,7 +109,7 @@ def _key(rule: Rule, window: Window) -> str:
 
 
 def _measure_missing(
-    backend: Backend, rules: Mapping[str, Rule], batch: Sequence[Window], answers: Answers
+    backend: Backend, rules: Mapping[str, Rule], batch: Sequence[Window], answers: Journal
 ) -> None:
     missing = {
         name: rule
@@ -129,7 +129,7 @@ def _measure_missing(
                 answers.add(rows)
 
 
-def _row(quality: Quality, row: int, window: Window) -> Answer:
+def _row(quality: Quality, row: int, window: Window) -> Entry:
     return {
         "nll": quality.nll[row],
         "kl": quality.kl[row],

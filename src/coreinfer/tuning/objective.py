@@ -10,9 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from coreinfer.evaluation.continuations import Quality, Window
+from coreinfer.journal import Journal, key_of
 from coreinfer.recording import RecordingPlan
 from coreinfer.tuning.candidate import Candidate, Stores
-from coreinfer.tuning.journal import Journal, digest
 from coreinfer.tuning.pools import DENSE, Pool, Task
 
 WINDOWS_A_TASK = 4  # prefilled together: the same whatever the workers, so that results are
@@ -51,7 +51,7 @@ class Objective:
         }
         # Of each batch: what its results are kept under.
         self._names = {
-            part: [digest([dict(about), [asdict(window) for window in batch]]) for batch in batches]
+            part: [key_of([dict(about), [asdict(window) for window in batch]]) for batch in batches]
             for part, batches in self._batches.items()
         }
 
@@ -84,7 +84,7 @@ class Objective:
         bar = tqdm(self._pool.map(tasks), what, len(tasks), leave=False, unit="task", disable=None)
         for position, result in bar:
             name = work[position][0]
-            self._journal.add({self._key(name, key): one for key, one in result.items()})
+            self._journal.add({self._key(name, key): asdict(one) for key, one in result.items()})
         return [self._joined(part, candidate.key) for candidate in candidates]
 
     def dense(self, part: str) -> Quality:
@@ -93,12 +93,12 @@ class Objective:
 
     @staticmethod
     def _key(name: str, key: str) -> str:
-        return digest([name, key])
+        return key_of([name, key])
 
     def _joined(self, part: str, key: str) -> Quality:
         rows = [self._journal[self._key(name, key)] for name in self._names[part]]
         names = [field.name for field in fields(Quality)]
-        return Quality(**{n: [value for row in rows for value in getattr(row, n)] for n in names})
+        return Quality(**{n: [value for row in rows for value in row[n]] for n in names})
 
     def _groups(self, candidates: Sequence[Candidate]) -> list[list[str]]:
         """Keys of candidates that one prefill serves without a difference to any of them."""

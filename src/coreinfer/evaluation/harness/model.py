@@ -17,9 +17,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from coreinfer.api import in_batches
 from coreinfer.backends.base import Backend
 from coreinfer.errors import UserError
-from coreinfer.evaluation.answers import Answer, Answers, key_of
 from coreinfer.evaluation.continuations import Setting, sharing_a_prefill, widest
 from coreinfer.evaluation.rules import Rule
+from coreinfer.journal import Entry, Journal, key_of
 from coreinfer.runtime.generation import Prefilled, continue_from, prefill
 from coreinfer.runtime.sampling import SamplingParams
 from coreinfer.runtime.scoring import score_choices
@@ -44,8 +44,8 @@ class _Context:
     wanted: dict[str, list[int]] = field(default_factory=dict)
 
 
-# Answers what a batch of contexts is asked, under a setting: a dict of answers by key a context.
-Compute = Callable[[Prefilled, Sequence[_Context], Setting], list[dict[str, Answer]]]
+# Journal what a batch of contexts is asked, under a setting: a dict of answers by key a context.
+Compute = Callable[[Prefilled, Sequence[_Context], Setting], list[dict[str, Entry]]]
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
@@ -75,7 +75,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         dense_scoring: bool = False,
         batch_size: int = 8,
         seed: int = 0,
-        answers: Answers | None = None,
+        answers: Journal | None = None,
         on_progress: Progress = lambda _done, _total: None,
     ) -> None:
         super().__init__()
@@ -87,13 +87,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self.answering = next(iter(self.rules))
         self.on_progress = on_progress
         # What lm-eval was given, and what was cut to the model's length; for others to clear.
-        self.given: list[Answer] = []
+        self.given: list[Entry] = []
         self.cut: set[str] = set()
         dense = Rule(Setting(Dense()))
         self._scoring = dict.fromkeys(self.rules, dense) if dense_scoring else self.rules
         self._batch_size = batch_size
         self._seed = seed
-        self._answers = Answers() if answers is None else answers
+        self._answers = Journal() if answers is None else answers
 
     @property
     def eot_token_id(self) -> int:
@@ -235,7 +235,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self.cut.add(key_of(tokens))
         return tokens[-room:]
 
-    def _give(self, rules: Mapping[str, Rule], keys: Sequence[str]) -> list[Answer]:
+    def _give(self, rules: Mapping[str, Rule], keys: Sequence[str]) -> list[Entry]:
         digest = rules[self.answering].digest
         found = [self._answers[key_of(digest, key)] for key in keys]
         self.given += found
@@ -275,7 +275,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def _score(
         self, read: Prefilled, batch: Sequence[_Context], setting: Setting
-    ) -> list[dict[str, Answer]]:
+    ) -> list[dict[str, Entry]]:
         wanted = [list(context.wanted.values()) for context in batch]
         scored = score_choices(read, wanted, setting.selector, setting.stand_in)
         cost = self.engine.cost
@@ -299,7 +299,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         read: Prefilled,
         batch: Sequence[_Context],
         setting: Setting,
-    ) -> list[dict[str, Answer]]:
+    ) -> list[dict[str, Entry]]:
         pieces = continue_from(self.engine, read, setting.selector, setting.stand_in, params)
         records = {piece.index: piece.record for piece in pieces if piece.record is not None}
         return [
