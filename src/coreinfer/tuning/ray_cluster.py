@@ -71,27 +71,19 @@ def require_ray(address: str) -> None:
     """See to it that a cluster answers, in bounded time: Ray itself may wait for minutes, or abort.
 
     Raises:
-        UserError: if Ray is not installed, or nothing that is Ray answers at the address.
+        UserError: if it is no address, Ray is not installed, or nothing that is Ray answers there.
     """
+    endpoint = _endpoint(address)
     if importlib.util.find_spec("ray") is None:
         raise UserError("--ray needs Ray; pip install 'coreinfer[ray]'")
+    if address == "local":
+        return
     dead = f"no Ray cluster answers at {address!r}; start one with 'ray start --head'"
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon:
+    if endpoint is not None:
         try:
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        except ValueError:
-            raise UserError(
-                f"{address!r} is no Ray address; write HOST:PORT, ray://HOST:PORT, auto or local"
-            ) from None
+            socket.create_connection(endpoint, CONNECT_SECONDS).close()
         except OSError as error:
             raise UserError(f"{dead} ({error.strerror or error})") from None
-    elif address == "local":
-        return
-    elif address != "auto":
-        raise UserError(
-            f"{address!r} is no Ray address; write HOST:PORT, ray://HOST:PORT, auto or local"
-        )
     join = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
     try:
         subprocess.run(
@@ -105,3 +97,19 @@ def require_ray(address: str) -> None:
         raise UserError(f"{dead} (nothing within {JOIN_SECONDS} s)") from None
     except subprocess.CalledProcessError:
         raise UserError(dead) from None
+
+
+def _endpoint(address: str) -> tuple[str, int] | None:
+    """Host and port of an address; None for one that Ray looks up itself.
+
+    Raises:
+        UserError: if it is no address.
+    """
+    if address in ("auto", "local"):
+        return None
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise UserError(
+            f"{address!r} is no Ray address; write HOST:PORT, ray://HOST:PORT, auto or local"
+        )
+    return host, int(port)
