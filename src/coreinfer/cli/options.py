@@ -265,8 +265,9 @@ def selector_from(args: argparse.Namespace, *, quiet: bool = False) -> Selector:
     from coreinfer.semantics.store import ClusterStore
 
     given = {name: value for name in SELECTION if (value := getattr(args, name)) is not None}
-    for name in given.keys() & {"alpha", "beta", "gamma"}:  # also where the rule has no use for it
-        require_ratio(name, given[name])
+    for name in ("alpha", "beta", "gamma"):  # also where the rule has no use for it
+        if name in given:
+            require_ratio(name, given[name])
     if args.core_set is not None:
         _point_out(given.keys() - {"seed"}, "--core-set")
         return Fixed(core_set=CoreSet.load(args.core_set))
