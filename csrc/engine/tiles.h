@@ -33,9 +33,16 @@ inline void dot_group_int8(const uint8_t* words, int64_t count, const Batch& bat
   for (int b = 0; b < B; ++b) y[b] = S::fma(S::to_float(rest[b]), part, S::to_float(sum[b]));
 }
 
+// The same for four bits, whose q count from `offset` on; B sums of the group.
 template <class S, int B>
-inline void add_int4(const uint8_t* words, int64_t count, const int8_t* const (&q)[B],
-                     typename S::I (&sum)[B]) {
+inline void dot_group_int4(const uint8_t* words, int64_t count, const Batch& batch, int64_t start,
+                           int64_t group, int offset, typename S::F (&y)[B]) {
+  typename S::I sum[B];
+  const int8_t* q[B];
+  for (int b = 0; b < B; ++b) {
+    q[b] = batch.rows[b].q + start;
+    sum[b] = S::set_int(-offset * batch.rows[b].sum[group]);
+  }
 #pragma GCC unroll 2
   for (int64_t k = 0; k < count; ++k) {
     const typename S::W w = S::load_bytes(words + 64 * k);
@@ -46,11 +53,7 @@ inline void add_int4(const uint8_t* words, int64_t count, const int8_t* const (&
       sum[b] = S::dot_int4(sum[b], high, q[b] + 8 * k + 4);
     }
   }
-}
-
-template <class S, int B>
-inline void point(const Batch& batch, int64_t offset, const int8_t* (&q)[B]) {
-  for (int b = 0; b < B; ++b) q[b] = batch.rows[b].q + offset;
+  for (int b = 0; b < B; ++b) y[b] = S::to_float(sum[b]);
 }
 
 // y [B][16] of one tile; the order of the sums does not depend on B.
@@ -95,17 +98,14 @@ void tile_int4(const uint8_t* tile, int64_t columns, int64_t size, const Batch& 
   typename S::F total[B];
   for (int b = 0; b < B; ++b) total[b] = S::zero();
   for (int64_t group = 0; group < columns / size; ++group) {
-    typename S::I sum[B];
-    const int8_t* q[B];
-    point<S, B>(batch, group * size, q);
-    for (int b = 0; b < B; ++b) sum[b] = S::set_int(0);
-    add_int4<S, B>(tile + 8 * size * group, size / 8, q, sum);
+    typename S::F dots[B];
+    dot_group_int4<S, B>(tile + 8 * size * group, size / 8, batch, group * size, group, 0, dots);
     const typename S::F scale = S::load_half(scales + 2 * kTile * group);
     const typename S::F minimum = S::load_half(scales + 2 * kTile * group + kTile);
     for (int b = 0; b < B; ++b) {
       const float step = batch.rows[b].step[group];
       const float x_sum = step * static_cast<float>(batch.rows[b].sum[group]);
-      total[b] = S::fma(S::to_float(sum[b]), S::mul(scale, S::set(step)), total[b]);
+      total[b] = S::fma(dots[b], S::mul(scale, S::set(step)), total[b]);
       total[b] = S::fma(minimum, S::set(x_sum), total[b]);
     }
   }
@@ -114,33 +114,22 @@ void tile_int4(const uint8_t* tile, int64_t columns, int64_t size, const Batch& 
 
 // A tile of a down projection: blocks of neurons take the place of groups, a step serves all lanes.
 // The q of int4 count from -8 on: fold() adds what that leaves out.
-template <class S, int B>
-void tile_down_int8(const uint8_t* tile, int64_t neurons, int64_t, const Batch& batch, float* y) {
+template <class S, int B, int32_t kDtype>
+void tile_down(const uint8_t* tile, int64_t neurons, int64_t, const Batch& batch, float* y) {
+  constexpr int64_t kInputs = kDtype == CI_INT8 ? 4 : 8;  // of each lane, in a word
   typename S::F total[B];
   for (int b = 0; b < B; ++b) total[b] = S::zero();
   for (int64_t start = 0, block = 0; start < neurons; start += kNeuronBlock, ++block) {
     const int64_t size = neurons - start < kNeuronBlock ? neurons - start : kNeuronBlock;
+    const uint8_t* words = tile + 64 / kInputs * start;
     typename S::F dots[B];
-    dot_group_int8<S, B>(tile + 16 * start, size / 4, batch, start, block, dots);
+    if constexpr (kDtype == CI_INT8) {
+      dot_group_int8<S, B>(words, size / kInputs, batch, start, block, dots);
+    } else {
+      dot_group_int4<S, B>(words, size / kInputs, batch, start, block, 8, dots);
+    }
     for (int b = 0; b < B; ++b)
       total[b] = S::fma(dots[b], S::set(batch.rows[b].step[block]), total[b]);
-  }
-  for (int b = 0; b < B; ++b) S::store(y + kTile * b, total[b]);
-}
-
-template <class S, int B>
-void tile_down_int4(const uint8_t* tile, int64_t neurons, int64_t, const Batch& batch, float* y) {
-  typename S::F total[B];
-  for (int b = 0; b < B; ++b) total[b] = S::zero();
-  for (int64_t start = 0, block = 0; start < neurons; start += kNeuronBlock, ++block) {
-    const int64_t size = neurons - start < kNeuronBlock ? neurons - start : kNeuronBlock;
-    typename S::I sum[B];
-    const int8_t* q[B];
-    point<S, B>(batch, start, q);
-    for (int b = 0; b < B; ++b) sum[b] = S::set_int(-8 * batch.rows[b].sum[block]);
-    add_int4<S, B>(tile + 8 * start, size / 8, q, sum);
-    for (int b = 0; b < B; ++b)
-      total[b] = S::fma(S::to_float(sum[b]), S::set(batch.rows[b].step[block]), total[b]);
   }
   for (int b = 0; b < B; ++b) S::store(y + kTile * b, total[b]);
 }
@@ -151,8 +140,8 @@ using TileFunction = void (*)(const uint8_t*, int64_t, int64_t, const Batch&, fl
 template <class S, int B>
 struct TilesOf {
   static constexpr TileFunction rows[] = {tile_bfloat16<S, B>, tile_int8<S, B>, tile_int4<S, B>};
-  static constexpr TileFunction down[] = {tile_bfloat16<S, B>, tile_down_int8<S, B>,
-                                          tile_down_int4<S, B>};
+  static constexpr TileFunction down[] = {tile_bfloat16<S, B>, tile_down<S, B, CI_INT8>,
+                                          tile_down<S, B, CI_INT4>};
 };
 
 template <class S>
