@@ -38,6 +38,20 @@ def open_to_read(path: str | Path) -> Iterator[BinaryIO]:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
 
 
+def read_text(path: str | Path) -> str:
+    """All of a UTF-8 text file, without a byte order mark.
+
+    Raises:
+        UserError: if it is missing, unreadable or in another encoding; with the line.
+    """
+    with open_to_read(path) as file:
+        raw = file.read()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(not_utf8(path, raw[: error.start].count(b"\n") + 1)) from None
+
+
 def not_utf8(path: str | Path, line: int) -> str:
     """What is wrong with text in another encoding; the line says where it shows."""
     return f"{str(path)!r}: line {line} is not UTF-8; convert the file to UTF-8"

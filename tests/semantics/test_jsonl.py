@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from coreinfer import jsonl
 from coreinfer.errors import UserError
-from coreinfer.jsonl import is_text, read_json_lines, read_jsonl
+from coreinfer.jsonl import is_text, read_json_lines, read_jsonl, read_text
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -122,3 +122,14 @@ def test_text_is_what_can_be_encoded(text: str) -> None:
     assert is_text(text)
     assert not is_text("\ud800" + text)
     assert not is_text(text.encode())
+
+
+def test_a_text_is_read_whole_and_its_encoding_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\r\n two\u00e4\n".encode())
+    assert read_text(path) == "one\r\n two\u00e4\n"  # every byte but the byte order mark
+    path.write_bytes(b"one\ntwo\nthr\xffee")
+    with pytest.raises(UserError, match=r"line 3 is not UTF-8"):
+        read_text(path)
+    with pytest.raises(UserError, match="no file at"):
+        read_text(tmp_path / "none.txt")

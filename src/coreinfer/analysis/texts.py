@@ -10,7 +10,7 @@ from typing import Any
 from coreinfer.backends.base import Backend
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Window, encoded_prefix, windows
-from coreinfer.jsonl import not_utf8, open_to_read, read_jsonl, refuse
+from coreinfer.jsonl import read_jsonl, read_text, refuse
 from coreinfer.semantics.corpus import corpus_identity, read_corpus
 
 SHORTEST_PARAGRAPH = 200  # characters; what is shorter is mostly headings
@@ -94,12 +94,7 @@ def text_source(spec: str) -> Source:
         UserError: if the file is missing, empty or not UTF-8.
     """
     name, path = _named(spec)
-    with open_to_read(path) as file:
-        raw = file.read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(not_utf8(path, raw[: error.start].count(b"\n") + 1)) from None
+    text = read_text(path)
     if not text.strip():
         raise UserError(f"{path!r} has no text")
     return Source(name or Path(path).stem, (text,), corpus_identity(path))

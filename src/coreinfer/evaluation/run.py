@@ -16,9 +16,10 @@ from coreinfer.errors import UserError, require_whole
 from coreinfer.evaluation.local import ALIASES, LOCAL_TASKS, digest_of
 from coreinfer.evaluation.rules import Rule, nearest
 from coreinfer.evaluation.section import Section, markdown, table_rows
-from coreinfer.evaluation.texts import TEXT_FILE, TEXT_TASKS, WINDOWS, read_text, run_text_task
+from coreinfer.evaluation.texts import TEXT_FILE, TEXT_TASKS, WINDOWS, run_text_task
 from coreinfer.files import replace_when_done
 from coreinfer.journal import Journal
+from coreinfer.jsonl import read_text
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask

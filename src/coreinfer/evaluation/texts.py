@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from coreinfer.api import in_batches
 from coreinfer.backends.base import Backend
-from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import (
     Quality,
     Window,
@@ -21,21 +19,10 @@ from coreinfer.evaluation.continuations import (
 from coreinfer.evaluation.rules import BASELINE, Rule
 from coreinfer.evaluation.section import Metric, Section, cost_of, section
 from coreinfer.journal import Entry, Journal, key_of
-from coreinfer.jsonl import not_utf8, open_to_read
 
 TEXT_TASKS = ("perplexity", "kl")
 TEXT_FILE = "wikitext2_raw_test.txt"  # of the data folder, unless another one is named
 WINDOWS, PROMPT_TOKENS, CONTINUATION_TOKENS = 40, 200, 60
-
-
-def read_text(path: Path) -> str:
-    """Raises UserError if the file is missing, or no UTF-8."""
-    with open_to_read(path) as file:
-        raw = file.read()
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(not_utf8(path, raw[: error.start].count(b"\n") + 1)) from None
 
 
 def run_text_task(

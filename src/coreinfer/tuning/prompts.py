@@ -10,7 +10,7 @@ from coreinfer.api import LLM
 from coreinfer.backends.base import Backend
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Window, windows
-from coreinfer.jsonl import OnSkip, is_text, not_utf8, open_to_read, read_jsonl
+from coreinfer.jsonl import OnSkip, is_text, read_jsonl, read_text
 from coreinfer.runtime.text import encode_prompt
 from coreinfer.selectors import Dense
 
@@ -62,12 +62,7 @@ def read_split(backend: Backend, path: str | Path, amount: Amount, on_skip: OnSk
     """
     if Path(path).suffix.lower() == ".jsonl":
         return _split_prompts(backend, path, amount, on_skip)
-    with open_to_read(path) as file:
-        raw = file.read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(not_utf8(path, raw[: error.start].count(b"\n") + 1)) from None
+    text = read_text(path)
     middle = len(text) // 2
     middle = text.find("\n", middle) + 1 or middle
     parts = []

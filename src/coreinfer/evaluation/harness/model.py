@@ -44,7 +44,7 @@ class _Context:
     wanted: dict[str, list[int]] = field(default_factory=dict)
 
 
-# Journal what a batch of contexts is asked, under a setting: a dict of answers by key a context.
+# Answers what a batch of contexts is asked, under a setting: a dict of answers by key a context.
 Compute = Callable[[Prefilled, Sequence[_Context], Setting], list[dict[str, Entry]]]
 
 
