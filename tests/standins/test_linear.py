@@ -101,16 +101,35 @@ def test_full_rank_is_the_solution_of_the_normal_equations(
 def test_reduced_rank_is_the_best_prediction_of_the_dropped_activations(
     tokens: int, rank: int, ridge: float, seed: int
 ) -> None:
-    x, h, down = problem(tokens, seed)
+    x, h, _ = problem(tokens, seed)
     stand_in = Linear(rank=rank, ridge=ridge)
     m = map_of(fit(stand_in, x, h, revealing()))
     x64, r = x.double().numpy(), targets(h, revealing())
     assert np.linalg.matrix_rank(m, tol=1e-5 * max(abs(m).max(), 1e-30)) <= rank
     best = objective(reduced_solution(x64, r, ridge, rank), x64, r, ridge)
     assert objective(m, x64, r, ridge) == pytest.approx(best, rel=1e-5)
-    moved = map_of(fit(stand_in, x, h, down))
-    expected = down[:, DROPPED].double().numpy() @ m
-    np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
+
+
+@given(TOKENS, st.integers(1, HIDDEN), RIDGES, SEEDS)
+def test_its_rank_is_cut_from_the_prediction_of_twice_the_rank(
+    tokens: int, rank: int, ridge: float, seed: int
+) -> None:
+    x, h, down = problem(tokens, seed)
+    m = map_of(fit(Linear(rank=rank, ridge=ridge), x, h, down))
+    x64, r, kept = x.double().numpy(), targets(h, down), down[:, DROPPED].double().numpy()
+    assert np.linalg.matrix_rank(m, tol=1e-5 * max(abs(m).max(), 1e-30)) <= rank
+    # W_down times the prediction, and the best of the rank for it.
+    twice = kept @ reduced_solution(x64, targets(h, revealing()), ridge, 2 * rank)
+    penalty = ridge * np.mean(np.sum((x64 - x64.mean(axis=0)) ** 2, axis=1))
+    tall = np.vstack([x64 - x64.mean(axis=0), np.sqrt(penalty) * np.eye(HIDDEN)])
+    _, _, rows = np.linalg.svd(tall @ twice.T, full_matrices=False)
+    cut = rows[:rank].T @ rows[:rank] @ twice
+    reached = objective(m, x64, r, ridge)
+    assert reached == pytest.approx(objective(cut, x64, r, ridge), rel=1e-5)
+    best = objective(reduced_solution(x64, r, ridge, rank), x64, r, ridge)
+    assert reached >= best * (1 - 1e-5)
+    if 2 * rank >= HIDDEN:  # nothing was lost before the cut
+        assert reached == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
