@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from coreinfer.errors import UserError
 from coreinfer.selectors.base import Selector
 from coreinfer.standins.base import StandIn
 from coreinfer.standins.sample import LayerSample
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What will be asked for once the prompt is read."""
+
+    selector: Selector
+    stand_in: StandIn | None
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,9 @@ class RecordingPlan:
         calibration: whose predictions' residuals are summed; None sums none.
         observer: shown each layer's counted tokens, (layer, x [n, d], h [n, D]), a sequence at a
             time; without a BOS token unless that counts.
+        intent: what is likely to be asked for afterwards, so that a backend may choose, fit and
+            pack while it reads, and round the prefill's products as that takes. Nothing else may
+            depend on it: anything that was recorded can still be asked for.
     """
 
     alpha: float | None = None
@@ -36,6 +47,7 @@ class RecordingPlan:
     sample_tokens: int | None = None
     calibration: CalibrationStore | None = None
     observer: Callable[[int, Tensor, Tensor], None] | None = None
+    intent: Intent | None = None
 
     @classmethod
     def of(cls, selector: Selector, stand_in: StandIn | None = None) -> RecordingPlan:
@@ -47,6 +59,11 @@ class RecordingPlan:
             sample_tokens=None if stand_in is None else stand_in.sample_tokens,
             calibration=selector.recorded_calibration,
         )
+
+    @classmethod
+    def expecting(cls, selector: Selector, stand_in: StandIn | None = None) -> RecordingPlan:
+        """The same, for a prefill after which nothing else is asked for."""
+        return replace(cls.of(selector, stand_in), intent=Intent(selector, stand_in))
 
     def covers(self, other: RecordingPlan) -> bool:
         """Whether what this plan records serves where `other` was asked for."""
@@ -125,10 +142,7 @@ class PromptRecorder:
         Raises:
             UserError: if an activation is not finite, for then no ranking means anything.
         """
-        total = self._parts[0]
-        for part in self._parts[1:]:
-            total = total + part
-        counted = total.counted()
+        counted = [self.layer_statistics(layer) for layer in range(len(self._samples))]
         for layer, stats in enumerate(counted):
             if not stats.is_finite:
                 raise UserError(
@@ -136,6 +150,14 @@ class PromptRecorder:
                     "the weights are damaged, or the dtype is too narrow for this model"
                 )
         return counted
+
+    def layer_statistics(self, layer: int) -> LayerStatistics:
+        """Of one layer, as selection counts it: the BOS token only if there is no other."""
+        first, *others = self._parts
+        own = first.layers[layer]
+        for part in others:
+            own = own + part.layers[layer]
+        return own if own.tokens else first.bos[layer]
 
     def halves(self) -> tuple[list[LayerStatistics], list[LayerStatistics]] | None:
         """Of the two halves, if they were recorded."""

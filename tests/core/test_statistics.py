@@ -161,11 +161,3 @@ def test_prompts_merge_layer_by_layer_with_the_bos_token_apart() -> None:
     assert_same(merged.layers[0], recorded(x[1:], h[1:]))
     assert_same(merged.bos[0], recorded(x[:1], h[:1]))
     assert merged.layers[1].tokens == 0
-    assert merged.counted() is merged.layers
-
-
-def test_the_bos_token_counts_where_nothing_else_is() -> None:
-    x, h = some_tokens(1)
-    prompt = PromptStatistics.zeros([(D, HIDDEN)])
-    prompt.bos[0].update(x, h, ALPHA)
-    assert_same(prompt.counted()[0], recorded(x, h))

@@ -36,10 +36,7 @@ def test_stand_ins_are_the_written_formula(family: str, name: str) -> None:
         mean, x_mean = r.mean(dim=0), x.mean(dim=0)
         slope = torch.zeros(len(mean), len(x_mean), dtype=torch.float64)
         if name == "linear":
-            rest_h = h[1:, rest].double()
-            predicted = _ridge(x - x_mean, rest_h - rest_h.mean(dim=0), 0.3, 6)
-            weight = down_weight(model, layer)[:, rest].double()
-            slope = _cut(x - x_mean, weight @ predicted, 0.3, 3)
+            slope = _ridge(x - x_mean, r - mean, 0.3, 3)
         rests.append((mean, x_mean, slope))
     with torch.no_grad():
         out = model(torch.tensor([A]), use_cache=True)
@@ -66,21 +63,10 @@ def test_stand_ins_are_the_written_formula(family: str, name: str) -> None:
     torch.testing.assert_close(session.decode([[17]])[0, -1], want, rtol=1e-3, atol=1e-3)
 
 
-def _tall(x: Tensor, ridge: float) -> Tensor:
-    """The inputs with the penalty as further rows: ridge regression is plain regression on it."""
-    penalty = ridge * x.square().sum(dim=1).mean()
-    return torch.cat([x, penalty.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
-
-
-def _cut(x: Tensor, slope: Tensor, ridge: float, rank: int) -> Tensor:
-    """The matrix of a rank whose fitted values are nearest to those of the slope."""
-    basis = torch.linalg.svd(_tall(x, ridge) @ slope.t(), full_matrices=False).Vh[:rank]
-    return basis.t() @ basis @ slope
-
-
 def _ridge(x: Tensor, r: Tensor, ridge: float, rank: int) -> Tensor:
-    """The reduced-rank ridge regression in its primal form: [K, d]."""
-    tall = _tall(x, ridge)
+    """The reduced-rank ridge regression in its primal form: [d_r, d_x]."""
+    penalty = ridge * x.square().sum(dim=1).mean()
+    tall = torch.cat([x, penalty.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
     target = torch.cat([r, torch.zeros(x.shape[1], r.shape[1], dtype=x.dtype)])
     full = torch.linalg.lstsq(tall, target).solution  # [d_x, d_r]
     basis = torch.linalg.svd(tall @ full, full_matrices=False).Vh[:rank]

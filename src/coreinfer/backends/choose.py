@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -13,7 +13,7 @@ from coreinfer.backends.base import Choice
 from coreinfer.core.coreset import CoreSet
 from coreinfer.errors import UserError
 from coreinfer.recording import PromptRecorder, RecordingPlan
-from coreinfer.selectors import Selector
+from coreinfer.selectors import Selection, Selector
 from coreinfer.selectors.evidence import Evidence
 from coreinfer.standins import DownProjection, StandIn, StandInTerms
 
@@ -58,6 +58,19 @@ class Chosen(Generic[Compact]):
     compact: dict[int, Compact]
 
 
+# (layer, the kept neurons of each sequence, all of one length, the stand-in of each, if there is
+# one) -> the layer made smaller
+Compactor = Callable[[int, list[Tensor], list[StandInTerms] | None], Compact]
+
+
+@dataclass(frozen=True)
+class SparseLayer(Generic[Compact]):
+    """One layer of a batch: made smaller, and the bytes of each sequence's stand-in."""
+
+    compact: Compact
+    stand_in_bytes: list[int]
+
+
 def evidence_of(
     model: ModelView,
     recorders: Sequence[PromptRecorder],
@@ -92,7 +105,7 @@ def choose(
     evidence: Sequence[Evidence],
     selector: Selector,
     stand_in: StandIn | None,
-    compact_layer: Callable[[int, list[Tensor], list[StandInTerms] | None], Compact],
+    compact_layer: Compactor[Compact],
 ) -> Chosen[Compact]:
     """Select each sequence's core neurons, fit the stand-ins and make the layers smaller.
 
@@ -102,8 +115,7 @@ def choose(
         model: what is known of the model.
         recorders, evidence: of each sequence.
         selector, stand_in: the rule, and what takes the place of the dropped neurons.
-        compact_layer: makes a sparse layer from its index, the kept neurons of each sequence (all
-            of one length), and the stand-in of each, if there is one.
+        compact_layer: makes a layer smaller.
 
     Raises:
         UserError: if the selector does not fit the model.
@@ -113,22 +125,40 @@ def choose(
     if not recorded.covers(asked):
         raise ValueError(f"the prefill recorded {recorded}, selection needs {asked}")
     selections = [selector.select(one) for one in evidence]
-    compact: dict[int, Compact] = {}
-    stand_in_bytes = [0] * len(recorders)
+    sparse: dict[int, SparseLayer[Compact]] = {}
     for layer, size in enumerate(model.num_neurons):
         kept = [s.layers[layer] for s in selections if layer in s.layers]
         if not kept or kept[0].numel() == size:
             continue
         terms = None
         if stand_in is not None:
-            down = model.down(layer)
             terms = [
-                stand_in.fit(layer, recorder.sample(layer), down, _others(index, size))
+                stand_in.fit(layer, recorder.sample(layer), model.down(layer), others(index, size))
                 for recorder, index in zip(recorders, kept, strict=True)
             ]
-            for row, term in enumerate(terms):
-                stand_in_bytes[row] += model.stand_in_bytes(term)
-        compact[layer] = compact_layer(layer, kept, terms)
+        sparse[layer] = make_sparse(model, layer, kept, terms, compact_layer)
+    return put_together(model, selector, selections, sparse)
+
+
+def make_sparse(
+    model: ModelView,
+    layer: int,
+    kept: list[Tensor],
+    terms: list[StandInTerms] | None,
+    compact_layer: Compactor[Compact],
+) -> SparseLayer[Compact]:
+    """Make a layer smaller: the kept neurons of each sequence, and its fitted stand-in."""
+    sizes = [0] * len(kept) if terms is None else [model.stand_in_bytes(term) for term in terms]
+    return SparseLayer(compact_layer(layer, kept, terms), sizes)
+
+
+def put_together(
+    model: ModelView,
+    selector: Selector,
+    selections: Sequence[Selection],
+    sparse: Mapping[int, SparseLayer[Compact]],
+) -> Chosen[Compact]:
+    """The outcome, from what was selected for each sequence and the layers that made of it."""
     choices = [
         Choice(
             CoreSet(
@@ -138,15 +168,15 @@ def choose(
                 model_fingerprint=model.fingerprint,
                 selector=selector.describe(),
             ),
-            bytes_,
+            sum(layer.stand_in_bytes[row] for layer in sparse.values()),
             selection.notes,
         )
-        for selection, bytes_ in zip(selections, stand_in_bytes, strict=True)
+        for row, selection in enumerate(selections)
     ]
-    return Chosen(choices, compact)
+    return Chosen(choices, {layer: made.compact for layer, made in sparse.items()})
 
 
-def _others(kept: Tensor, size: int) -> Tensor:
+def others(kept: Tensor, size: int) -> Tensor:
     """The neurons that `kept` leaves out, int64."""
     dropped = torch.ones(size, dtype=torch.bool, device=kept.device)
     dropped[kept.long()] = False

@@ -39,7 +39,7 @@ class BackendEngine:
         self._backend = backend
         self._selector: Selector = Dense() if keep == 1 else Impact(beta=keep)
         self._stand_in: StandIn | None = None if keep == 1 else Linear()
-        self._plan = RecordingPlan.of(self._selector, self._stand_in)
+        self._plan = RecordingPlan.expecting(self._selector, self._stand_in)
         self._session: Session = backend.start(self._plan)
         self._choice: Choice | None = None
 
@@ -111,9 +111,10 @@ class SkippingEngine(BackendEngine):
         kept = self._chosen().core_set.layers
         shares: list[float] = []
 
-        def observe(layer: int, _x: Tensor, h: Tensor) -> None:
+        def observe(layer: int, _x: Tensor, h: Tensor) -> Tensor | None:
             h = h[:, kept[layer].long()] if layer in kept else h
             shares.append(float((h == 0).float().mean()))
+            return None
 
         native = self._native
         mlps = DenseMlps(native.weights, native.decoder.products, observe)

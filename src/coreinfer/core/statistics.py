@@ -201,7 +201,3 @@ class PromptStatistics:
             layers=[a + b for a, b in zip(self.layers, other.layers, strict=True)],
             bos=[a + b for a, b in zip(self.bos, other.bos, strict=True)],
         )
-
-    def counted(self) -> list[LayerStatistics]:
-        """What selection sees: the BOS token only if there is no other."""
-        return self.layers if any(layer.tokens for layer in self.layers) else self.bos

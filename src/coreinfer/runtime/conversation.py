@@ -71,7 +71,7 @@ class Conversation:
         self._backend.check(selector, stand_in)
         asked = [*self.messages, {"role": "user", "content": content}]
         text = render_messages(self._backend.tokenizer, asked)
-        plan = RecordingPlan.of(selector, stand_in)
+        plan = RecordingPlan.expecting(selector, stand_in)
         turns, self._turns = self._turns, None  # if this fails, the next turn starts afresh
         read = self._read(turns, text, plan, content)
         for piece in continue_from(self._backend, read, selector, stand_in, params):

@@ -111,7 +111,7 @@ def generate(
         UserError: if a prompt is too long or the selector does not fit the model.
     """
     backend.check(selector, stand_in)
-    read = prefill(backend, token_ids, RecordingPlan.of(selector, stand_in), texts)
+    read = prefill(backend, token_ids, RecordingPlan.expecting(selector, stand_in), texts)
     yield from continue_from(backend, read, selector, stand_in, params)
 
 

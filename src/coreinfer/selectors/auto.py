@@ -12,7 +12,7 @@ from coreinfer.core.measures import jaccard
 from coreinfer.core.selection import neuron_budget, top_neurons
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.errors import UserError, require_ratio, require_whole
-from coreinfer.selectors.base import Selector
+from coreinfer.selectors.base import LayerSource, Selector
 from coreinfer.selectors.evidence import Evidence
 from coreinfer.selectors.rules import by_counts
 from coreinfer.semantics.store import ClusterStore
@@ -76,6 +76,9 @@ class Auto(Selector):
     def check(self, num_neurons: Sequence[int], fingerprint: str, model: str) -> None:
         self.clusters.require_model(fingerprint, model)
         super().check(num_neurons, fingerprint, model)
+
+    def by_layer(self, num_neurons: Sequence[int]) -> LayerSource | None:
+        return None  # it weighs how stable all layers are
 
     def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
         nearest = self.clusters.nearest(evidence)

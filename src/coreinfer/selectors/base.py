@@ -1,12 +1,13 @@
 """The selector base: budgets, dense layers, and exactly K neurons a layer.
 
-A rule is a dataclass that says whose statistics it ranks by (`source`) and how (`keys`).
+A rule is a dataclass that says whose statistics it ranks by (`by_layer`, or `source` where a layer
+alone does not tell) and how (`keys`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -18,6 +19,9 @@ from coreinfer.core.selection import neuron_budget, top_neurons
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.errors import UserError, require_ratio, require_whole
 from coreinfer.selectors.evidence import Evidence
+
+# (layer, the prompt's own statistics of it) -> those to rank its neurons by
+LayerSource = Callable[[int, LayerStatistics], LayerStatistics]
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,22 @@ class Selector(ABC):
                 for they take a pass over the weights.
         """
 
+    def by_layer(self, num_neurons: Sequence[int]) -> LayerSource | None:
+        """The statistics to rank by, where those of a layer follow from that layer alone.
+
+        Such a rule can choose while the prompt is still being read. The prompt's own unless a rule
+        says otherwise; None where it takes more (`source` then says what).
+
+        Args:
+            num_neurons: D of every layer of the model.
+        """
+        return lambda _layer, own: own
+
     def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
-        """The statistics to rank by, and notes. The prompt's own unless a rule says otherwise."""
-        return evidence.layers, {}
+        """The statistics to rank by, of all layers, and notes."""
+        of_layer = self.by_layer([own.num_neurons for own in evidence.layers])
+        assert of_layer is not None, "the rule says neither how one layer is ranked nor all"
+        return [of_layer(layer, own) for layer, own in enumerate(evidence.layers)], {}
 
     def check(self, num_neurons: Sequence[int], fingerprint: str, model: str) -> None:
         """Refuse what does not fit the model, before any work is done.
@@ -112,15 +129,25 @@ class Selector(ABC):
     def select(self, evidence: Evidence) -> Selection:
         """The core neurons of a prompt: exactly K = round(keep * D) a sparse layer."""
         statistics, notes = self.source(evidence)
-        layers = {}
-        for layer, stats in enumerate(statistics):
-            if layer in self.dense_layers:
-                continue
-            keep = self.budgets.get(layer, self.default_keep)
-            budget = neuron_budget(keep, stats.num_neurons)
-            norms = evidence.column_norms(layer) if self.needs_column_norms else torch.empty(0)
-            layers[layer] = top_neurons(self.keys(stats, norms), budget)
-        return Selection(layers, notes)
+        chosen = (self.choose(i, s, evidence.column_norms) for i, s in enumerate(statistics))
+        return Selection({i: kept for i, kept in enumerate(chosen) if kept is not None}, notes)
+
+    def choose(
+        self, layer: int, statistics: LayerStatistics, column_norms: Callable[[int], Tensor]
+    ) -> Tensor | None:
+        """The core neurons of a layer, int32 [K] ascending; None where it stays dense.
+
+        Args:
+            layer: its index.
+            statistics: to rank by.
+            column_norms: layer -> |W_down[:, n]|_2, [D].
+        """
+        if layer in self.dense_layers:
+            return None
+        keep = self.budgets.get(layer, self.default_keep)
+        budget = neuron_budget(keep, statistics.num_neurons)
+        norms = column_norms(layer) if self.needs_column_norms else torch.empty(0)
+        return top_neurons(self.keys(statistics, norms), budget)
 
     def describe(self) -> dict[str, Any]:
         """Name and parameters as plain JSON."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from coreinfer.core.statistics import LayerStatistics
-from coreinfer.selectors.base import Selection, Selector
-from coreinfer.selectors.evidence import Evidence
+from coreinfer.selectors.base import Selector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,10 @@ class Dense(Selector):
         """Dense decoding that can follow a prefill recorded for `selector`."""
         return cls(count_bos=selector.count_bos)
 
-    def select(self, evidence: Evidence) -> Selection:
-        return Selection({})
+    def choose(
+        self, layer: int, statistics: LayerStatistics, column_norms: Callable[[int], Tensor]
+    ) -> Tensor | None:
+        return None
 
     def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
         return (statistics.square_sum,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from coreinfer.core.coreset import CoreSet
 from coreinfer.core.statistics import LayerStatistics
-from coreinfer.selectors.base import Selection, Selector
-from coreinfer.selectors.evidence import Evidence
+from coreinfer.selectors.base import Selector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +24,10 @@ class Fixed(Selector):
     def check(self, num_neurons: Sequence[int], fingerprint: str, model: str) -> None:
         self.core_set.require_model(fingerprint, model)
 
-    def select(self, evidence: Evidence) -> Selection:
-        return Selection(dict(self.core_set.layers))
+    def choose(
+        self, layer: int, statistics: LayerStatistics, column_norms: Callable[[int], Tensor]
+    ) -> Tensor | None:
+        return self.core_set.layers.get(layer)
 
     def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
         return (statistics.square_sum,)

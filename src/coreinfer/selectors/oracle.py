@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.errors import UserError
-from coreinfer.selectors.base import Selector
+from coreinfer.selectors.base import LayerSource, Selector
 from coreinfer.selectors.evidence import Evidence
 from coreinfer.selectors.rules import by_impact
 
@@ -26,6 +26,9 @@ class Oracle(Selector):
     name: ClassVar[str] = "oracle"
     needs_column_norms: ClassVar[bool] = True
     needs_future: ClassVar[bool] = True
+
+    def by_layer(self, num_neurons: Sequence[int]) -> LayerSource | None:
+        return None  # the tokens it ranks by are still to come
 
     def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
         if evidence.future is None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.errors import require_whole
-from coreinfer.selectors.base import Selector
-from coreinfer.selectors.evidence import Evidence
+from coreinfer.selectors.base import LayerSource, Selector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +30,11 @@ class Random(Selector):
         super().__post_init__()
         require_whole("seed", self.seed, 0, 2**64 - 1)
 
-    def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
+    def by_layer(self, num_neurons: Sequence[int]) -> LayerSource | None:
         # The draw takes the place of a statistic: one generator runs through the layers in order.
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = []
-        for layer in evidence.layers:
-            stats = LayerStatistics.zeros(layer.num_neurons, layer.input_sum.numel())
-            stats.positive_sum = torch.rand(
-                layer.num_neurons, generator=generator, dtype=torch.float64
-            )
-            drawn.append(stats)
-        return drawn, {}
+        drawn = [torch.rand(d, generator=generator, dtype=torch.float64) for d in num_neurons]
+        return lambda layer, own: replace(own, positive_sum=drawn[layer])
 
     def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
         return (statistics.positive_sum,)

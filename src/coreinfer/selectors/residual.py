@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.errors import require_whole
-from coreinfer.selectors.base import Selector
-from coreinfer.selectors.evidence import Evidence
+from coreinfer.selectors.base import LayerSource, Selector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +45,14 @@ class Residual(Selector):
         self.calibration.require_model(fingerprint, model)
         super().check(num_neurons, fingerprint, model)
 
-    def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
+    def by_layer(self, num_neurons: Sequence[int]) -> LayerSource | None:
         corpus = self.calibration.corpus_statistics()
-        return [
-            replace(own, residual_sum=_residual(own) + _residual(all_.scaled(weight)))
-            for own, all_ in zip(evidence.layers, corpus, strict=True)
-            for weight in [self.prior_tokens / all_.tokens]
-        ], {}
+
+        def of_layer(layer: int, own: LayerStatistics) -> LayerStatistics:
+            prior = corpus[layer].scaled(self.prior_tokens / corpus[layer].tokens)
+            return replace(own, residual_sum=_residual(own) + _residual(prior))
+
+        return of_layer
 
     def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
         return (_residual(statistics).sqrt() * column_norms,)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.errors import require_ratio
-from coreinfer.selectors.base import Selector
+from coreinfer.selectors.base import LayerSource, Selector
 from coreinfer.selectors.evidence import Evidence
 from coreinfer.selectors.rules import by_counts
 from coreinfer.semantics.store import ClusterStore
@@ -46,6 +46,9 @@ class Similarity(Selector):
     def check(self, num_neurons: Sequence[int], fingerprint: str, model: str) -> None:
         self.clusters.require_model(fingerprint, model)
         super().check(num_neurons, fingerprint, model)
+
+    def by_layer(self, num_neurons: Sequence[int]) -> LayerSource | None:
+        return None  # the cluster is that of the whole prompt
 
     def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
         nearest = self.clusters.nearest(evidence)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.core.statistics import LayerStatistics
-from coreinfer.selectors.base import Selector
-from coreinfer.selectors.evidence import Evidence
+from coreinfer.selectors.base import LayerSource, Selector
 from coreinfer.selectors.rules import by_counts
 from coreinfer.semantics.store import ClusterStore
 
@@ -33,8 +32,9 @@ class Static(Selector):
         self.clusters.require_model(fingerprint, model)
         super().check(num_neurons, fingerprint, model)
 
-    def source(self, evidence: Evidence) -> tuple[Sequence[LayerStatistics], dict[str, Any]]:
-        return self.clusters.corpus_statistics(), {}
+    def by_layer(self, num_neurons: Sequence[int]) -> LayerSource | None:
+        corpus = self.clusters.corpus_statistics()
+        return lambda layer, _own: corpus[layer]
 
     def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
         return by_counts(statistics)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from coreinfer.standins.base import DenseDown, DownProjection, StandIn, StandInTerms
+from coreinfer.standins.base import StandIn, StandInTerms
 from coreinfer.standins.calibrated import Calibrated
+from coreinfer.standins.down import DenseDown, DownProjection
 from coreinfer.standins.linear import Linear
 from coreinfer.standins.mean import Mean
 from coreinfer.standins.sample import LayerSample

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from coreinfer.standins.down import DownProjection
 from coreinfer.standins.sample import LayerSample
 
 
@@ -32,37 +32,6 @@ class StandInTerms:
         return sum(part.numel() for part in parts if part is not None)
 
 
-class DownProjection(Protocol):
-    """W_down of a layer [d, D], known by what it does: a backend may never hold it whole."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the terms of a stand-in are computed with in decode."""
-        ...
-
-    def __call__(self, h: Tensor, neurons: Tensor) -> Tensor:
-        """h [n, K] of these neurons [K] int64 -> their part of the output, [n, d] float32.
-
-        h @ W_down[:, neurons].T, in the precision that the backend's prefill multiplies in.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class DenseDown:
-    """A down projection that is a matrix in memory."""
-
-    weight: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    def __call__(self, h: Tensor, neurons: Tensor) -> Tensor:
-        neurons = neurons.to(self.weight.device)
-        return h.float() @ self.weight.index_select(1, neurons).float().t()
-
-
 @dataclass(frozen=True, kw_only=True)
 class StandIn(ABC):
     """Replaces W_down[:, rest] h[rest], which dropping the other neurons leaves out."""
@@ -76,7 +45,12 @@ class StandIn(ABC):
 
     @abstractmethod
     def fit(
-        self, layer: int, sample: LayerSample, down: DownProjection, dropped: Tensor
+        self,
+        layer: int,
+        sample: LayerSample,
+        down: DownProjection,
+        dropped: Tensor,
+        known: Tensor | None = None,
     ) -> StandInTerms:
         """Fit one layer on its prompt.
 
@@ -86,6 +60,8 @@ class StandIn(ABC):
                 unless there is no other).
             down: the layer's down projection.
             dropped: indices of the dropped neurons, int64; at least one.
+            known: the dropped part W_down[:, dropped] h_t[dropped] of every token read so far, each
+                at its position, [T, d] float32, where it was computed already.
 
         Raises:
             ValueError: if the sample has no token.

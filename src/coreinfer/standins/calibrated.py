@@ -10,9 +10,11 @@ from torch import Tensor
 
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.errors import require_whole
-from coreinfer.standins.base import DownProjection, StandIn, StandInTerms
+from coreinfer.standins.base import StandIn, StandInTerms
+from coreinfer.standins.down import DownProjection
+from coreinfer.standins.dual import Dual
 from coreinfer.standins.linear import check_ridge
-from coreinfer.standins.sample import LayerSample, Spectrum
+from coreinfer.standins.sample import LayerSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,23 +55,23 @@ class Calibrated(StandIn):
         self.calibration.require_model(fingerprint, model)
 
     def fit(
-        self, layer: int, sample: LayerSample, down: DownProjection, dropped: Tensor
+        self,
+        layer: int,
+        sample: LayerSample,
+        down: DownProjection,
+        dropped: Tensor,
+        known: Tensor | None = None,
     ) -> StandInTerms:
-        if sample.x is None or sample.h is None:
-            raise ValueError("no token was sampled")
         prediction = self.calibration.predictions[layer]
-        x, h = sample.x.float(), sample.h.index_select(1, dropped)
-        coefficients = prediction.coefficients[1:].to(h.device)  # the mean is the prompt's own
-        parts = torch.cat([h.float(), coefficients.index_select(1, dropped)])
-        r, predicted = down(parts, dropped).split([len(h), len(coefficients)])  # [S, d], [r, d]
-        spectrum = sample.spectrum()
-        x_mean, r_mean = x.mean(dim=0), r.mean(dim=0)
-        centred = x - x_mean
-        basis = prediction.basis.to(x.device)
+        r = sample.dropped_part(down, dropped, known)
+        coefficients = prediction.coefficients[1:].to(r.device)  # the mean is the prompt's own
+        predicted = down(coefficients.index_select(1, dropped), dropped)  # [r, d]
+        dual = Dual.of(sample.inputs, self.ridge)
+        x_mean, centred, r_mean = dual.mean.float(), dual.centred.float(), r.mean(dim=0)
+        basis = prediction.basis.to(r.device)
         said = (centred @ basis) @ predicted  # [S, d]
-        hat = _smoother(spectrum, self.ridge)
-        correction = hat.dual.float() @ (r - r_mean - said)  # [S, d]: N = correction^T centred
-        fitted = said + hat.gram.float() @ correction
+        correction = dual.inverse.float() @ (r - r_mean - said)  # [S, d]: N = correction^T centred
+        fitted = said + dual.gram.float() @ correction
         directions = _leading(
             torch.cat([fitted, self.prior_tokens**0.5 * predicted]), self.rank
         )  # [d, k]
@@ -77,25 +79,6 @@ class Calibrated(StandIn):
         right += (directions.t() @ correction.t()) @ centred
         offset = r_mean - directions @ (right @ x_mean)
         return StandInTerms(*(p.to(down.dtype).contiguous() for p in (offset, directions, right)))
-
-
-@dataclass(frozen=True)
-class _Smoother:
-    """Of the centred inputs X of a sample, [S, S] float64 each.
-
-    gram: X X^T; dual: (X X^T + lambda)^-1, or 0 where the inputs do not differ.
-    """
-
-    gram: Tensor
-    dual: Tensor
-
-
-def _smoother(x: Spectrum, ridge: float) -> _Smoother:
-    gram = (x.vectors * x.values) @ x.vectors.t()
-    if not x.varies:
-        return _Smoother(gram, torch.zeros_like(gram))
-    penalty = ridge * x.values.mean()
-    return _Smoother(gram, (x.vectors / (x.values + penalty)) @ x.vectors.t())
 
 
 def _leading(rows: Tensor, rank: int) -> Tensor:

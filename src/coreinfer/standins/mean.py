@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from coreinfer.standins.base import DownProjection, StandIn, StandInTerms
+from coreinfer.standins.base import StandIn, StandInTerms
+from coreinfer.standins.down import DownProjection
 from coreinfer.standins.sample import LayerSample
 
 
@@ -22,9 +23,17 @@ class Mean(StandIn):
         return 0
 
     def fit(
-        self, layer: int, sample: LayerSample, down: DownProjection, dropped: Tensor
+        self,
+        layer: int,
+        sample: LayerSample,
+        down: DownProjection,
+        dropped: Tensor,
+        known: Tensor | None = None,
     ) -> StandInTerms:
         if sample.h_sum is None:
             raise ValueError("no token was recorded")
-        h_mean = (sample.h_sum / sample.tokens)[dropped]
-        return StandInTerms(offset=down(h_mean.unsqueeze(0), dropped)[0].to(down.dtype))
+        if known is not None:
+            r_mean = known[-sample.tokens :].mean(dim=0)  # the first token is not in the sample
+        else:
+            r_mean = down((sample.h_sum / sample.tokens)[dropped].unsqueeze(0), dropped)[0]
+        return StandInTerms(offset=r_mean.to(down.dtype))

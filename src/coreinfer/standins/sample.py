@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from coreinfer.core.statistics import column_sum
+from coreinfer.standins.down import DownProjection
 
 # 2^64 / golden ratio, as a signed 64-bit integer: multiples of it spread evenly.
 _GOLDEN = -7046029254386353131
-_ROUNDING = 1e-28  # (float64 epsilon)^2, with room for the rounding of a mean over tokens
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The MLP's inputs of a sample, centred, and the eigenvectors of their Gram matrix.
-
-    Attributes:
-        mean: [d]; centred: [n, d]; both float64.
-        values: [n] ascending, not negative; vectors: [n, n], a column each.
-            centred @ centred.T = vectors @ diag(values) @ vectors.T
-    """
-
-    mean: Tensor
-    centred: Tensor
-    values: Tensor
-    vectors: Tensor
-
-    @property
-    def varies(self) -> bool:
-        """False for one token, or tokens that differ by no more than their mean is rounded."""
-        energy = self.values.sum()  # the trace of the Gram matrix: sum_t |x_t - x_mean|^2
-        return bool(energy > _ROUNDING * len(self.values) * self.mean.square().sum())
 
 
 @dataclass
@@ -45,8 +23,8 @@ class LayerSample:
 
     Attributes:
         capacity: how many tokens are kept at most.
-        positions: [n] int64; x: [n, d]; h: [n, D]; None before the first token.
-        h_sum: sum over all tokens seen, [D] float64; None before the first.
+        positions: [n] int64; x: [n, d]; h: [n, D]; None before the first token. Where all tokens
+            of an update are kept they are not copied, and must not be written to.
         tokens: how many tokens were seen.
     """
 
@@ -54,46 +32,71 @@ class LayerSample:
     positions: Tensor | None = None
     x: Tensor | None = None
     h: Tensor | None = None
-    h_sum: Tensor | None = None
     tokens: int = 0
-    _spectrum: Spectrum | None = field(default=None, init=False, repr=False)
+    _others_sum: Tensor | None = None  # of h of the tokens that are not kept, [D] float64
 
     def update(self, x: Tensor, h: Tensor, positions: Tensor) -> None:
         """Add tokens: x [T, d], h [T, D], their positions in the sequence [T]."""
         if positions.numel() == 0:
             return
         x, h = x.detach(), h.detach()
-        h_sum = column_sum(h)
-        self.h_sum = h_sum if self.h_sum is None else self.h_sum + h_sum
         self.tokens += positions.numel()
-        if self.capacity == 0:
-            return
-        kept = self._sampled(positions)  # first among the new ones alone, to copy less
-        positions, x, h = positions[kept], x[kept], h[kept]
+        x, h, positions = self._kept(x, h, positions)  # first of the new ones alone, to copy less
         if self.positions is not None and self.x is not None and self.h is not None:
             positions = torch.cat([self.positions, positions])
             x, h = torch.cat([self.x, x]), torch.cat([self.h, h])
-            kept = self._sampled(positions)
-            positions, x, h = positions[kept], x[kept], h[kept]
+            x, h, positions = self._kept(x, h, positions)
         self.positions, self.x, self.h = positions, x, h
-        self._spectrum = None
 
-    def _sampled(self, positions: Tensor) -> Tensor:
-        """Which of these positions are sampled, ascending."""
-        return torch.argsort(positions * _GOLDEN)[: self.capacity].sort().values
+    @property
+    def h_sum(self) -> Tensor | None:
+        """The sum of h over all tokens seen, exact to float64, [D]; None before the first."""
+        if self.h is None:
+            return None
+        own = column_sum(self.h)
+        return own if self._others_sum is None else own + self._others_sum
 
-    def spectrum(self) -> Spectrum:
-        """Of the sampled tokens; worked out once, for it does not depend on what is dropped.
+    def _kept(self, x: Tensor, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is sampled of these tokens, in order; the others are added up."""
+        if len(positions) <= self.capacity:
+            return _compact(x), _compact(h), positions
+        order = torch.argsort(positions * _GOLDEN)
+        kept, left = order[: self.capacity].sort().values, order[self.capacity :]
+        others = column_sum(h[left])
+        self._others_sum = others if self._others_sum is None else self._others_sum + others
+        return x[kept], h[kept], positions[kept]
+
+    @property
+    def inputs(self) -> Tensor:
+        """x of the sampled tokens, [n, d].
 
         Raises:
             ValueError: if no token was sampled.
         """
-        if self._spectrum is None:
-            if self.x is None:
-                raise ValueError("no token was sampled")
-            x = self.x.double()
-            mean = x.mean(dim=0)
-            centred = x - mean
-            values, vectors = torch.linalg.eigh(centred @ centred.t())
-            self._spectrum = Spectrum(mean, centred, values.clamp(min=0), vectors)
-        return self._spectrum
+        if self.x is None:
+            raise ValueError("no token was sampled")
+        return self.x
+
+    def dropped_part(
+        self, down: DownProjection, dropped: Tensor, known: Tensor | None = None
+    ) -> Tensor:
+        """What the dropped neurons add to the output at the sampled tokens, [n, d] float32.
+
+        Args:
+            down: the down projection; dropped: the neurons, int64.
+            known: that part of every token read so far, each at its position, [T, d] float32,
+                where it was computed already.
+
+        Raises:
+            ValueError: if no token was sampled.
+        """
+        if self.h is None or self.positions is None:
+            raise ValueError("no token was sampled")
+        if known is None:
+            return down(self.h.index_select(1, dropped), dropped)
+        return known.index_select(0, self.positions)
+
+
+def _compact(rows: Tensor) -> Tensor:
+    """The same rows, copied if they would keep alive far more memory than their own."""
+    return rows.clone() if rows.untyped_storage().nbytes() > 2 * rows.nbytes else rows

@@ -11,7 +11,8 @@ from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.kernels.linear_twin import activate
 
 # (layer, x [N, d], h [N, D]): the MLP's input and activations, all tokens of a pass
-Observer = Callable[[int, Tensor, Tensor], None]
+# -> h W_down^T [N, d], if that was worked out on the way
+Observer = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 class DenseMlps:
@@ -39,6 +40,8 @@ class DenseMlps:
         h = activate(gate_or_fc1, weights.config.activation)
         if up:
             h.mul_(up[0])
-        self._observe(layer, x, h)
-        down = weights.mlp_part(layer, -1)
-        return products.down(h, down, x.shape[1], weights.vector(f"{name}_out_bias"))
+        bias = weights.vector(f"{name}_out_bias")
+        product = self._observe(layer, x, h)
+        if product is not None:
+            return product if bias is None else product.add_(bias)
+        return products.down(h, weights.mlp_part(layer, -1), x.shape[1], bias)

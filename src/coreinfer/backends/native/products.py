@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,26 @@ class Products:
         for part, chosen in zip(h.split(step, dim=1), index.split(step), strict=True):
             y += self._product(part, records, size, transposed=False, index=chosen)
         return _plus(y, bias)
+
+    def down_in_parts(
+        self, h: Tensor, records: Tensor, size: int, parts: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The product `down` in parts that add up to it: of some neurons each, [N, d] float32.
+
+        Args:
+            h: [N, D]; records: of all columns, [D, d = size].
+            parts: int64, the neurons of each; together every one, once. It takes no more
+                multiplications than the whole.
+        """
+        index, sizes = torch.cat(list(parts)), [len(part) for part in parts]
+        moved = h.index_select(1, index)
+        for dtype in (self._dtype, torch.float32):
+            weights = self._weights(records, size, dtype, index.int()).split(sizes)
+            pieces = moved.to(dtype).split(sizes, dim=1)
+            found = [(a @ w).float() for a, w in zip(pieces, weights, strict=True)]
+            if dtype is not torch.float16 or all(bool(y.sum().isfinite()) for y in found):
+                break
+        return found
 
     def _product(
         self,

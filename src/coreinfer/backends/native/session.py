@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coreinfer.backends.base import Choice, Phase
 from coreinfer.backends.choose import choose
+from coreinfer.backends.native.ahead import Ahead
 from coreinfer.backends.native.cache import KvCache
 from coreinfer.backends.native.mlp import DenseMlps
 from coreinfer.backends.recorded import Recorded
@@ -37,6 +38,7 @@ class NativeSession:
         self._recorded = Recorded(plan, sizes, config.bos_token_id)
         self._caches: list[KvCache] = []
         self._plans: list[Plan] | None = None  # before the selection: all neurons
+        self._ahead: Ahead | None = None  # what the last prefill has chosen already
 
     @property
     def lengths(self) -> list[int]:
@@ -46,9 +48,12 @@ class NativeSession:
     def prefill(
         self, token_ids: Sequence[Sequence[int]], texts: Sequence[str] | None = None
     ) -> Tensor:
-        if self._recorded.begin(token_ids, texts):
+        first = self._recorded.begin(token_ids, texts)
+        self._ahead = self._look_for(token_ids) if first else None
+        if first:
             self._caches = [self._backend.new_cache() for _ in token_ids]
-        hidden = self._record(token_ids, self._recorded.recorders, self._recorded.windows)
+        recorded = self._recorded
+        hidden = self._record(token_ids, recorded.recorders, recorded.windows, self._ahead)
         return self._backend.stepper.logits(hidden)
 
     def look_ahead(self, token_ids: Sequence[Sequence[int]]) -> None:
@@ -61,15 +66,19 @@ class NativeSession:
     @torch.no_grad()
     def select(self, selector: Selector, stand_in: StandIn | None = None) -> list[Choice]:
         stepper = self._backend.stepper
-        self._plans = None  # its memory can serve the new ones
-        chosen = choose(
-            self._backend.view,
-            self._recorded.recorders,
-            self.evidence(),
-            selector,
-            stand_in,
-            stepper.pack_layer,
-        )
+        evidence = self.evidence()
+        if self._ahead is not None and self._ahead.serves(selector, stand_in):
+            chosen = self._ahead.chosen()
+        else:
+            self._ahead = self._plans = None  # their memory can serve the new ones
+            chosen = choose(
+                self._backend.view,
+                self._recorded.recorders,
+                evidence,
+                selector,
+                stand_in,
+                stepper.pack_layer,
+            )
         self._plans = [
             stepper.plan({layer: rows[row] for layer, rows in chosen.compact.items()})
             for row in range(len(self._caches))
@@ -96,12 +105,21 @@ class NativeSession:
         twin._recorded = self._recorded.fork()
         return twin
 
+    def _look_for(self, token_ids: Sequence[Sequence[int]]) -> Ahead | None:
+        """The choice to make on the way, where one pass is about to read all of one prompt."""
+        backend = self._backend
+        if len(token_ids) > 1 or len(token_ids[0]) > backend.prefill_chunk:
+            return None
+        (recorder,) = self._recorded.recorders
+        return Ahead.of(backend.view, backend.decoder.products, backend.stepper, recorder)
+
     @torch.no_grad()
     def _record(
         self,
         token_ids: Sequence[Sequence[int]],
         recorders: Sequence[PromptRecorder],
         windows: BatchWindows,
+        ahead: Ahead | None = None,
     ) -> Tensor:
         """A dense pass, part by part, shown to the recorders.
 
@@ -119,10 +137,11 @@ class NativeSession:
 
             ends = lengths.cumsum(0)
 
-            def observe(layer: int, x: Tensor, h: Tensor) -> None:
+            def observe(layer: int, x: Tensor, h: Tensor) -> Tensor | None:
                 for row, recorder in enumerate(recorders):
                     own = slice(int(ends[row] - lengths[row]), int(ends[row]))  # noqa: B023
                     recorder.observe(layer, x[own], h[own], seen[row])  # noqa: B023
+                return None if ahead is None else ahead.pass_layer(layer, h)
 
             mlps = DenseMlps(decoder.weights, decoder.products, observe)
             hidden = decoder.read(part, self._caches, mlps)

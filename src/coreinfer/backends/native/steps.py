@@ -30,7 +30,7 @@ from coreinfer.standins import StandInTerms
 
 
 @dataclass(frozen=True)
-class SparseLayer:
+class PackedLayer:
     """The core neurons of one sequence in one layer, packed, and the stand-in for the others."""
 
     mlp: PackedMlp
@@ -61,7 +61,7 @@ class Stepper:
 
     def pack_layer(
         self, layer: int, kept: Sequence[Tensor], terms: Sequence[StandInTerms] | None
-    ) -> list[SparseLayer]:
+    ) -> list[PackedLayer]:
         """The kept neurons [K] of each sequence; equal sets are packed, and later read, once."""
         arena = Arena(mappings=self._mappings)
         packed: dict[bytes, PackedMlp] = {}
@@ -74,10 +74,10 @@ class Stepper:
             if terms is not None:
                 term = terms[row]
                 stand_in = StandInWeights.pack(term.offset, term.left, term.right, arena)
-            layers.append(SparseLayer(packed[key], stand_in))
+            layers.append(PackedLayer(packed[key], stand_in))
         return layers
 
-    def plan(self, sparse: Mapping[int, SparseLayer]) -> Plan:
+    def plan(self, sparse: Mapping[int, PackedLayer]) -> Plan:
         """What a sequence decodes with: its sparse layers, and the others whole."""
         mlps: list[PackedMlp] = []
         stand_ins: list[StandInWeights | None] = []
