@@ -198,12 +198,16 @@ def answers_of(*tokens: int) -> list[dict[str, Any]]:
     return [{"tokens": n, "density": 0.5, "bytes_per_token": 100} for n in tokens]
 
 
-@pytest.mark.parametrize(("tokens", "share"), [((1, 1), 0.0), ((4, 2), 4 / 6), ((0,), 0.0)])
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [((1, 1), 0.0), ((4, 2), (3 / 4 + 1 / 2) / 2), ((0,), 0.0), ((1, 1, 1, 256), 255 / 256 / 4)],
+)
 def test_all_but_the_first_token_of_each_answer_is_sparse(
     tokens: tuple[int, ...], share: float
 ) -> None:
     answers = answers_of(*tokens)
     assert cost_of(answers)["sparse_tokens"] == share
+    assert cost_of(answers)["tokens_per_answer"] == sum(tokens) / len(tokens)
     assert cost_of([{**one, "density": 1.0} for one in answers])["sparse_tokens"] == 0
 
 
@@ -225,7 +229,7 @@ def test_a_table_says_what_was_measured() -> None:
         ["made_up (4, 2-shot)", "perplexity \u2193", "random"],
     ]
     assert rows[2][3:] == [
-        "0.250 [0.000, 0.750]", "-0.250 [-0.750, +0.000]", "0.500", "0.0 MB", "0.500", "67%",
+        "0.250 [0.000, 0.750]", "-0.250 [-0.750, +0.000]", "0.500", "0.0 MB", "0.500", "3.0", "67%",
     ]  # fmt: skip
     assert rows[4][3] == "2.00e+09 [2.00e+09, 2.00e+09]"
     text = markdown(rows)

@@ -36,16 +36,22 @@ def cost_of(answers: Sequence[Entry]) -> dict[str, float]:
     """What the answers of a rule were computed with.
 
     Returns:
-        density and bytes_per_token: means over the answers. sparse_tokens: the share of the tokens
-        that sparse layers predict: all but the first of each answer, none where all is dense.
+        Means over the answers. tokens_per_answer: of generation the limit where none stops.
+        sparse_tokens: the share of an answer's tokens that sparse layers predict: all but the first
+        one, none where all is dense. It is taken answer by answer, so that a few which never stop
+        do not hide that the dense prefill settled the others.
     """
-    tokens = sum(answer["tokens"] for answer in answers)
-    sparse = sum(max(0, a["tokens"] - 1) for a in answers if a["density"] < 1)
     return {
         "density": fmean(answer["density"] for answer in answers),
         "bytes_per_token": fmean(answer["bytes_per_token"] for answer in answers),
-        "sparse_tokens": sparse / tokens if tokens else 0.0,
+        "tokens_per_answer": fmean(answer["tokens"] for answer in answers),
+        "sparse_tokens": fmean(_sparse_share(answer) for answer in answers),
     }
+
+
+def _sparse_share(answer: Entry) -> float:
+    tokens = answer["tokens"]
+    return (tokens - 1) / tokens if tokens and answer["density"] < 1 else 0.0
 
 
 def section(
@@ -93,7 +99,7 @@ def _measured(metric: Metric, baseline: str, seed: int) -> dict[str, Any]:
 
 HEAD = (
     "task (items)", "metric", "rule", "value [95 %]", "against dense [95 %]", "density",
-    "bytes per token", "of dense", "sparse tokens",
+    "bytes per token", "of dense", "tokens per answer", "sparse tokens",
 )  # fmt: skip
 
 
@@ -126,6 +132,7 @@ def table_rows(
                         f"{cost['density']:.3f}",
                         f"{cost['bytes_per_token'] / 1e6:,.1f} MB",
                         f"{cost['bytes_of_dense']:.3f}",
+                        f"{cost['tokens_per_answer']:.1f}",
                         f"{cost['sparse_tokens']:.0%}",
                     ]
                 )
