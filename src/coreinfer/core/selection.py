@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,8 +40,16 @@ def top_neurons(keys: Sequence[Tensor], budget: int) -> Tensor:
     Returns:
         Neuron indices, int32, shape [K], strictly increasing.
     """
-    order = torch.arange(keys[0].numel(), device=keys[0].device)
-    # Stable sorts from the least significant key to the most: a lexicographic order.
-    for key in reversed(keys):
-        order = order[torch.argsort(key[order], descending=True, stable=True)]
-    return order[:budget].sort().values.to(torch.int32).cpu()
+    tied = np.arange(keys[0].numel())
+    kept = np.zeros(len(tied), dtype=bool)
+    left = budget
+    # What is above a key's threshold is in; the next key decides between those that equal it.
+    for key in keys:
+        values = key.detach().cpu().numpy()[tied]
+        threshold = np.partition(values, len(values) - left)[len(values) - left]
+        above = tied[values > threshold]
+        kept[above] = True
+        left -= len(above)
+        tied = tied[values == threshold]
+    kept[tied[:left]] = True
+    return torch.from_numpy(np.flatnonzero(kept).astype(np.int32))

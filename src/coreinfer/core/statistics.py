@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 
 from coreinfer.errors import require_ratio
-from coreinfer.kernels.statistics import BLOCK, activation_sums, top_mask
+from coreinfer.kernels.statistics import activation_sums, top_mask
 
 
 def column_sum(x: Tensor) -> Tensor:
     """The sum over the rows of x [T, n], exact to float64, [n]."""
-    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    for block in torch.split(x, max(1, BLOCK // x.shape[1])):
-        total += block.double().sum(dim=0)
-    return total
+    return x.sum(dim=0, dtype=torch.float64)
 
 
 def token_core_sizes(positives: Tensor, alpha: float) -> Tensor:

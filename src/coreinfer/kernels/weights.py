@@ -177,10 +177,18 @@ class StandInWeights:
     ) -> StandInWeights:
         """From tensors of any floating dtype: offset [d], left [d, r], right [r, d]."""
         form = WeightFormat.named("bfloat16")
-        factors = [
-            None if part is None else pack(form.quantize(part), part.shape[1], form, arena=arena)
-            for part in (left, right)
-        ]
+
+        def packed(part: Tensor | None) -> Packed | None:
+            if part is None:
+                return None
+            # As form.quantize, without looking for damage: these are not weights of a file. Flat
+            # first: a single column counts as contiguous whatever its stride.
+            flat = part.detach().to("cpu", torch.bfloat16).flatten()
+            return pack(
+                flat.view(torch.uint8).view(len(part), -1), part.shape[1], form, arena=arena
+            )
+
+        factors = [packed(part) for part in (left, right)]
         return cls(offset.detach().to("cpu", torch.float32).contiguous(), *factors)
 
     @property

@@ -37,15 +37,15 @@ class Dual:
         """Of the inputs x [S, d]."""
         tokens = len(x)
         wide = torch.float32 if ridge >= _SAFE_RIDGE and tokens > _LARGE else torch.float64
-        mean = x.mean(dim=0, dtype=torch.float64)
-        centred = x.to(wide) - mean.to(wide)
+        mean = x.mean(dim=0, dtype=wide)
+        centred = x.to(wide) - mean
         gram = centred @ centred.t()
         energy = gram.diagonal().sum()
         penalty = ridge * energy / tokens
         # False for one token, or tokens that differ by no more than their mean is rounded.
         rounding = (32 * torch.finfo(wide).eps) ** 2
         varies = bool(energy > rounding * tokens * mean.square().sum())
-        return cls(mean.to(wide), centred, gram, _inverse(gram, penalty, varies), penalty)
+        return cls(mean, centred, gram, _inverse(gram, penalty, varies), penalty)
 
     @property
     def varies(self) -> bool:
