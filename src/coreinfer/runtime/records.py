@@ -15,8 +15,9 @@ class GenerationRecord:
     """One answer and what it cost; `to_json` is the object that `generate --json` prints.
 
     Times are in seconds: `prefill_s` reads the prompt densely and records its statistics,
-    `select_s` chooses the core neurons, gathers their weights and fits the stand-in, `decode_s`
-    is all the rest up to the sequence's last token, without what the reader of the stream does. The
+    `select_s` chooses the core neurons, gathers their weights and fits the stand-in, as far as the
+    prefill has not done so already (native does, where one pass reads one prompt), `decode_s` is
+    all the rest up to the sequence's last token, without what the reader of the stream does. The
     first token comes from the prefill, so `decode_tokens_per_s` counts the tokens after it; None
     when there is none. In a batch a step serves every sequence, and each is given its whole time.
     """
