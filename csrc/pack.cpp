@@ -1,5 +1,13 @@
 // Records into the order that the kernels stream (kernels/layout.py).
+//
+// A line of sixteen records at a time is rearranged by zipping vectors of sixteen bytes. Any processor
+// has those and is then faster than its memory, so there is one version for all instruction sets.
 #include <cstring>
+#include <utility>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "engine/numbers.h"
 #include "pool.h"
@@ -11,8 +19,82 @@ using coreinfer::Range;
 using coreinfer::share;
 using coreinfer::Worker;
 
-constexpr uint32_t kSignBits = 0x80808080u;  // q -> q + 128, four bytes at a time
+constexpr int64_t kLine = 64;    // bytes
+constexpr int64_t kAhead = 256;  // bytes of each record that are fetched before they are needed
+constexpr uint8_t kSignBit = 0x80;  // q -> q + 128
 
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+using Vector [[gnu::vector_size(16)]] = T;
+using Bytes = Vector<uint8_t>;
+
+inline Bytes load(const uint8_t* p) {
+  Bytes x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline void store(uint8_t* p, Bytes x) { std::memcpy(p, &x, sizeof x); }
+
+// Half of the elements of two vectors in turn, from the first-th of both on.
+template <class T, size_t first, size_t... I>
+inline Bytes in_turn(Bytes x, Bytes y, std::index_sequence<I...>) {
+  constexpr size_t n = sizeof...(I);
+  const auto a = reinterpret_cast<Vector<T>>(x), b = reinterpret_cast<Vector<T>>(y);
+#ifdef __clang__
+  return reinterpret_cast<Bytes>(__builtin_shufflevector(a, b, (first + I / 2 + I % 2 * n)...));
+#else
+  constexpr Vector<T> order = {static_cast<T>(first + I / 2 + I % 2 * n)...};
+  return reinterpret_cast<Bytes>(__builtin_shuffle(a, b, order));
+#endif
+}
+
+struct Zipped {
+  Bytes low, high;
+};
+
+// The elements of two vectors in turn.
+template <class T>
+inline Zipped zip(Bytes a, Bytes b) {
+  constexpr size_t n = sizeof(Bytes) / sizeof(T);
+  constexpr auto all = std::make_index_sequence<n>();
+  return {in_turn<T, 0>(a, b, all), in_turn<T, n / 2>(a, b, all)};
+}
+
+// The elements of `count` vectors in turn, for a power of two, in place.
+template <class T, int count>
+inline void zip_all(Bytes (&x)[count]) {
+  for (int round = 1; round < count; round *= 2) {
+    Bytes y[count];
+    for (int i = 0; i < count / 2; ++i) {
+      const Zipped both = zip<T>(x[i], x[i + count / 2]);
+      y[2 * i] = both.low;
+      y[2 * i + 1] = both.high;
+    }
+    for (int i = 0; i < count; ++i) x[i] = y[i];
+  }
+}
+
+// Copies whole vectors to aligned memory past the cache: the lines that are written need not be read
+// first, which is a third of the traffic. Whoever does so ends with flush().
+inline void stream(uint8_t* to, const uint8_t* from, int64_t bytes) {
+#ifdef __SSE2__
+#pragma GCC unroll 4  // a line
+  for (int64_t i = 0; i < bytes; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), reinterpret_cast<__m128i>(load(from + i)));
+#else
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+inline void flush() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// The chosen ones of many records.
 struct Records {
   const uint8_t* data;
   int64_t stride;
@@ -24,98 +106,151 @@ struct Records {
   }
 };
 
+// Sixteen neighbours among them, or as many as there are.
+struct Sixteen {
+  const uint8_t* records[kTile];
+  int count;
+
+  Sixteen(const Records& all, int64_t first)
+      : count(static_cast<int>(smaller(all.count - first, kTile))) {
+    for (int r = 0; r < count; ++r) records[r] = all[first + r];
+  }
+
+  // body(at, lines) for each line of bytes begin..end-1, the first at 0; zeros are what is not there.
+  template <class Body>
+  void each_line(int64_t begin, int64_t end, const Body& body) const {
+    const uint8_t* lines[kTile];
+    int64_t at = begin;
+    for (; count == kTile && at + kLine <= end; at += kLine) {
+      for (int r = 0; r < kTile; ++r) lines[r] = records[r] + at;
+      body(at - begin, lines);
+      if (at + kAhead < end)
+        for (int r = 0; r < kTile; ++r) __builtin_prefetch(lines[r] + kAhead);
+    }
+    for (; at < end; at += kLine) {
+      uint8_t copies[kTile][kLine] = {};
+      for (int r = 0; r < kTile; ++r) lines[r] = copies[r];
+      for (int r = 0; r < count; ++r)
+        std::memcpy(copies[r], records[r] + at, static_cast<size_t>(smaller(end - at, kLine)));
+      body(at - begin, lines);
+    }
+  }
+};
+
 int64_t q_bytes(int32_t dtype, int64_t columns) {
   return dtype == CI_BFLOAT16 ? 2 * columns : dtype == CI_INT8 ? columns : columns / 2;
 }
 
-// Whole words of sixteen rows: all sizes are constant, which makes it fast.
-void copy_words(const uint8_t* const* rows, int64_t words, uint32_t flip, uint8_t* tile) {
-  for (int64_t word = 0; word < words; ++word) {
-    uint32_t line[kTile];
-    for (int r = 0; r < kTile; ++r) std::memcpy(line + r, rows[r] + 4 * word, 4);
-    for (int r = 0; r < kTile; ++r) line[r] ^= flip;
-    std::memcpy(tile + 64 * word, line, sizeof line);
+// out[w][r] = the w-th four bytes of line r.
+void words_of(const uint8_t* const* lines, uint8_t flip, uint8_t* out) {
+  for (int r = 0; r < kTile; r += 4)
+    for (int w = 0; w < kTile; w += 4) {
+      Bytes x[4];
+      for (int i = 0; i < 4; ++i) x[i] = load(lines[r + i] + 4 * w) ^ flip;
+      zip_all<uint32_t>(x);
+      for (int i = 0; i < 4; ++i) store(out + kLine * (w + i) + 4 * r, x[i]);
+    }
+}
+
+// out[i][r] = the i-th two bytes of line r.
+void halves_of(const uint8_t* const* lines, uint8_t* out) {
+  for (int r = 0; r < kTile; r += 8)
+    for (int h = 0; h < kLine / 2; h += 8) {
+      Bytes x[8];
+      for (int i = 0; i < 8; ++i) x[i] = load(lines[r + i] + 2 * h);
+      zip_all<uint16_t>(x);
+      for (int i = 0; i < 8; ++i) store(out + 2 * kTile * (h + i) + 2 * r, x[i]);
+    }
+}
+
+// A line of sixteen neurons -> what they are of each of its tiles of sixteen outputs.
+void outputs_bfloat16(const uint8_t* const* lines, uint8_t* out) {
+  for (int k = 0; k < kTile; k += 2)
+    for (int i = 0; i < 4; ++i) {
+      const Zipped pairs = zip<uint16_t>(load(lines[k] + 16 * i), load(lines[k + 1] + 16 * i));
+      uint8_t* half = out + 512 * (i / 2) + 32 * k + 32 * (i % 2);
+      store(half, pairs.low);
+      store(half + 16, pairs.high);
+    }
+}
+
+void outputs_int8(const uint8_t* const* lines, uint8_t* out) {
+  for (int k = 0; k < kTile; k += 4)
+    for (int t = 0; t < 4; ++t) {
+      Bytes x[4];
+      for (int i = 0; i < 4; ++i) x[i] = load(lines[k + i] + 16 * t) ^ kSignBit;
+      zip_all<uint8_t>(x);
+      for (int i = 0; i < 4; ++i) store(out + 256 * t + 16 * (k + i), x[i]);
+    }
+}
+
+// Four bytes of a record are outputs o..o+3 in their low halves and o+4..o+7 in their high halves.
+void outputs_int4(const uint8_t* const* lines, uint8_t* out) {
+  for (int k = 0; k < kTile; k += 8)
+    for (int t = 0; t < 8; t += 2) {
+      Bytes low[4], high[4];
+      for (int i = 0; i < 4; ++i) {
+        const Bytes a = load(lines[k + i] + 8 * t), b = load(lines[k + i + 4] + 8 * t);
+        low[i] = (a & 0x0f) | (b << 4);
+        high[i] = (a >> 4) | (b & 0xf0);
+      }
+      zip_all<uint8_t>(low);
+      zip_all<uint8_t>(high);
+      for (int i = 0; i < 4; ++i) {
+        uint8_t* half = out + 128 * (t + i / 2) + 8 * k + 32 * (i % 2);
+        store(half, low[i]);
+        store(half + 16, high[i]);
+      }
+    }
+}
+
+void outputs_of(int32_t dtype, const uint8_t* const* lines, uint8_t* out) {
+  switch (dtype) {
+    case CI_BFLOAT16: return outputs_bfloat16(lines, out);
+    case CI_INT8: return outputs_int8(lines, out);
+    default: return outputs_int4(lines, out);
   }
 }
 
-// Sixteen rows, or as many as there are, to one tile.
-void pack_tile(const uint8_t* const* rows, int count, const CiMatrix& m, uint8_t* tile) {
-  const int64_t bytes = q_bytes(m.dtype, m.columns), words = word_bytes(m.dtype, m.columns) / 64;
-  const uint32_t flip = m.dtype == CI_INT8 ? kSignBits : 0u;
-  std::memset(tile + 64 * words, 0, static_cast<size_t>(tile_bytes(m) - 64 * words));
-  const int64_t whole = count == kTile ? bytes / 4 : 0;
-  copy_words(rows, whole, flip, tile);
-  for (int64_t word = whole; word < words; ++word) {
-    const size_t size = bytes - 4 * word < 4 ? static_cast<size_t>(bytes - 4 * word) : 4;
-    for (int r = 0; r < kTile; ++r) {
-      uint32_t four = 0;
-      if (r < count) std::memcpy(&four, rows[r] + 4 * word, size);
-      four ^= flip;
-      std::memcpy(tile + 64 * word + 4 * r, &four, 4);
-    }
-  }
+// `count` float16 of each record, from byte `begin` on, as rows of sixteen that lie `stride` apart.
+void pack_halves(const Sixteen& from, int64_t begin, int64_t count, uint8_t* out, int64_t stride) {
+  from.each_line(begin, begin + 2 * count, [&](int64_t at, const uint8_t* const* lines) {
+    uint8_t rows[kLine / 2][2 * kTile];
+    halves_of(lines, rows[0]);
+    const int64_t first = at / 2, size = smaller(count - first, kLine / 2);
+    for (int64_t i = 0; i < size; ++i)
+      std::memcpy(out + stride * (first + i), rows[i], sizeof rows[i]);
+  });
+}
+
+// Sixteen rows to one tile.
+void pack_tile(const Sixteen& from, const CiMatrix& m, uint8_t* tile) {
+  const int64_t bytes = q_bytes(m.dtype, m.columns), words = word_bytes(m.dtype, m.columns);
+  const uint8_t flip = m.dtype == CI_INT8 ? kSignBit : 0;
+  from.each_line(0, bytes, [&](int64_t at, const uint8_t* const* lines) {
+    alignas(kLine) uint8_t out[kTile * kLine];
+    words_of(lines, flip, out);
+    stream(tile + kTile * at, out, smaller(sizeof out, words - kTile * at));
+  });
   if (m.dtype == CI_BFLOAT16) return;
   const int64_t groups = m.columns / m.group_size, kinds = scales_per_group(m.dtype);
-  uint8_t* numbers = tile + word_bytes(m.dtype, m.columns);
-  for (int64_t group = 0; group < groups; ++group)
-    for (int64_t kind = 0; kind < kinds; ++kind)
-      for (int r = 0; r < count; ++r)
-        std::memcpy(numbers + 2 * (kTile * (group * kinds + kind) + r),
-                    rows[r] + bytes + 2 * (groups * kind + group), 2);
+  const int64_t row = 2 * kTile;
+  for (int64_t kind = 0; kind < kinds; ++kind)
+    pack_halves(from, bytes + 2 * groups * kind, groups, tile + words + row * kind, row * kinds);
+  const int64_t used = words + row * groups * kinds;
+  std::memset(tile + used, 0, static_cast<size_t>(tile_bytes(m) - used));
 }
 
-// Sixteen int4 of a record as bytes: the low and the high halves of two runs of four (formats.py).
-void unpack_halves(const uint8_t* from, uint8_t* to) {
-  constexpr uint64_t kLow = 0x0f0f0f0f0f0f0f0full;
-  uint64_t bytes;
-  std::memcpy(&bytes, from, 8);
-  const uint64_t low = bytes & kLow, high = bytes >> 4 & kLow;
-  std::memcpy(to, &low, 4);
-  std::memcpy(to + 4, &high, 4);
-  std::memcpy(to + 8, reinterpret_cast<const uint8_t*>(&low) + 4, 4);
-  std::memcpy(to + 12, reinterpret_cast<const uint8_t*>(&high) + 4, 4);
-}
-
-// words[o] = the o-th bytes of four rows, one above the other.
-void interleave(const uint8_t (*rows)[kTile], uint32_t flip, uint8_t* words) {
-  uint32_t out[kTile];
-  for (int o = 0; o < kTile; ++o)
-    out[o] = (rows[0][o] | static_cast<uint32_t>(rows[1][o]) << 8 |
-              static_cast<uint32_t>(rows[2][o]) << 16 | static_cast<uint32_t>(rows[3][o]) << 24) ^
-             flip;
-  std::memcpy(words, out, sizeof out);
-}
-
-// Sixteen neurons, or as many as there are, of sixteen outputs from `output` on.
-void pack_block(const uint8_t* const* records, int count, int64_t output, const CiMatrix& m,
-                uint8_t* words) {
-  if (m.dtype == CI_BFLOAT16) {
-    uint16_t block[kTile][kTile] = {};
-    const int64_t left = m.rows - output, size = left < kTile ? left : kTile;
-    for (int k = 0; k < count; ++k)
-      std::memcpy(block[k], records[k] + 2 * output, static_cast<size_t>(2 * size));
-    for (int k = 0; k < kTile; k += 2) {
-      uint32_t out[kTile];
-      for (int o = 0; o < kTile; ++o)
-        out[o] = block[k][o] | static_cast<uint32_t>(block[k + 1][o]) << 16;
-      std::memcpy(words + 32 * k, out, sizeof out);
-    }
-    return;
-  }
-  uint8_t block[kTile][kTile] = {};
-  if (m.dtype == CI_INT8) {
-    for (int k = 0; k < count; ++k) std::memcpy(block[k], records[k] + output, kTile);
-    for (int k = 0; k < kTile; k += 4) interleave(block + k, kSignBits, words + 16 * k);
-    return;
-  }
-  for (int k = 0; k < count; ++k) unpack_halves(records[k] + output / 2, block[k]);
-  for (int k = 0; k < kTile; k += 8) {
-    uint8_t pairs[4][kTile];
-    for (int j = 0; j < 4; ++j)
-      for (int o = 0; o < kTile; ++o)
-        pairs[j][o] = static_cast<uint8_t>(block[k + j][o] | block[k + j + 4][o] << 4);
-    interleave(pairs, 0, words + 8 * k);
-  }
+// Sixteen neurons to their place in all tiles of outputs, the first of which is `tile`.
+void pack_outputs(const Sixteen& from, const CiMatrix& m, uint8_t* tile) {
+  const int64_t run = word_bytes(m.dtype, kTile), tiles = kTile * kLine / run;  // of a line
+  const int64_t all = pad(m.rows) / kTile, stride = word_bytes(m.dtype, pad(m.columns));
+  from.each_line(0, q_bytes(m.dtype, m.rows), [&](int64_t at, const uint8_t* const* lines) {
+    alignas(kLine) uint8_t out[kTile * kLine];
+    outputs_of(m.dtype, lines, out);
+    const int64_t first = at / kLine * tiles, count = smaller(tiles, all - first);
+    for (int64_t t = 0; t < count; ++t) stream(tile + stride * (first + t), out + run * t, run);
+  });
 }
 
 }  // namespace
@@ -124,16 +259,13 @@ extern "C" void ci_pack_rows(int threads, const uint8_t* records, int64_t stride
                              int32_t parts, const int32_t* index, int64_t rows, int64_t columns,
                              int32_t dtype, int32_t group_size, uint8_t* out) {
   const CiMatrix m = {nullptr, rows, columns, dtype, group_size};
-  const Records source = {records, stride, index, rows};
   parallel(threads, 0, [&](const Worker& worker) {
     const Range tiles = share(worker, parts * (pad(rows) / kTile));
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      const uint8_t* from[kTile];
-      const int64_t first = t / parts * kTile;
-      const int count = static_cast<int>(rows - first < kTile ? rows - first : kTile);
-      for (int r = 0; r < count; ++r) from[r] = source[first + r] + t % parts * part_stride;
-      pack_tile(from, count, m, out + t * tile_bytes(m));
+      const Records source = {records + t % parts * part_stride, stride, index, rows};
+      pack_tile(Sixteen(source, t / parts * kTile), m, out + t * tile_bytes(m));
     }
+    flush();
   });
 }
 
@@ -141,37 +273,34 @@ extern "C" void ci_pack_down(int threads, const uint8_t* records, int64_t stride
                              int64_t neurons, int64_t outputs, int32_t dtype, int32_t group_size,
                              int32_t by_neuron, uint8_t* out) {
   const CiMatrix m = {nullptr, outputs, neurons, dtype, group_size};
+  const int64_t numbers = dtype == CI_BFLOAT16 ? 0 : outputs / group_size * scales_per_group(dtype);
+  const int64_t bytes = q_bytes(dtype, outputs), record_bytes = bytes + 2 * numbers;
   const Records source = {records, stride, index, neurons};
-  const bool grouped = dtype != CI_BFLOAT16;
-  const int64_t groups = grouped ? outputs / group_size : 0;
-  const int64_t kinds = grouped ? scales_per_group(dtype) : 0;
-  const int64_t bytes = q_bytes(dtype, outputs);
-  const int64_t record_bytes = bytes + 2 * groups * kinds;
   if (by_neuron) {
     parallel(threads, 0, [&](const Worker& worker) {
       const Range mine = share(worker, neurons);
-      for (int64_t k = mine.begin; k < mine.end; ++k)
-        std::memcpy(out + k * record_bytes, source[k], static_cast<size_t>(record_bytes));
+      for (int64_t k = mine.begin; k < mine.end; ++k) {
+        uint8_t* to = out + k * record_bytes;
+        if (record_bytes % kLine == 0) {
+          stream(to, source[k], record_bytes);
+        } else {
+          std::memcpy(to, source[k], static_cast<size_t>(record_bytes));
+        }
+      }
+      flush();
     });
     return;
   }
-  const int64_t padded = pad(neurons), words = word_bytes(dtype, padded);
-  uint8_t* numbers = out + pad(outputs) / kTile * words;
+  const int64_t padded = pad(neurons);
+  uint8_t* halves = out + pad(outputs) / kTile * word_bytes(dtype, padded);
   parallel(threads, 0, [&](const Worker& worker) {
-    const Range tiles = share(worker, pad(outputs) / kTile);
-    const Range rows = share(worker, groups * kinds);
-    // Neurons in blocks outside, outputs inside: records are read along their length.
-    for (int64_t first = 0; first < padded; first += kTile) {
-      const int count = static_cast<int>(neurons - first < kTile ? neurons - first : kTile);
-      const uint8_t* from[kTile];
-      for (int k = 0; k < count; ++k) from[k] = source[first + k];
-      for (int64_t t = tiles.begin; t < tiles.end; ++t)
-        pack_block(from, count, kTile * t, m, out + t * words + word_bytes(dtype, first));
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        uint16_t halves[kTile] = {};
-        for (int k = 0; k < count; ++k) std::memcpy(halves + k, from[k] + bytes + 2 * row, 2);
-        std::memcpy(numbers + 2 * (padded * row + first), halves, sizeof halves);
-      }
+    // By neurons: each record is read along its length, once.
+    const Range blocks = share(worker, padded / kTile);
+    for (int64_t first = kTile * blocks.begin; first < kTile * blocks.end; first += kTile) {
+      const Sixteen from(source, first);
+      pack_outputs(from, m, out + word_bytes(dtype, first));
+      pack_halves(from, bytes, numbers, halves + 2 * first, 2 * padded);
     }
+    flush();
   });
 }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from coreinfer.errors import UserError
 from coreinfer.kernels.arena import Arena, Mappings
 from coreinfer.kernels.formats import GROUP_SIZES, WeightFormat
+from coreinfer.kernels.layout import PackedMlp
 from coreinfer.kernels.packing import pack, pack_mlp
 from coreinfer.kernels.packing_twin import (
     unpack_down,
@@ -16,7 +19,7 @@ from coreinfer.kernels.packing_twin import (
     unpack_row,
     unpack_rows,
 )
-from tests.kernels.paths import PATHS, using
+from tests.kernels.paths import NATIVE, PATHS, using
 
 FORMATS = [WeightFormat("bfloat16", 0)]
 FORMATS += [WeightFormat(dtype, g) for dtype in ("int8", "int4") for g in GROUP_SIZES]
@@ -96,6 +99,86 @@ def test_a_packed_mlp_holds_its_chosen_neurons(
             assert kept[0].in_bias is not None
             assert torch.equal(kept[0].in_bias[: len(rows)], bias[rows])
             assert not kept[0].in_bias[len(rows) :].any()
+
+
+class Marked(Arena):
+    """Memory that shows what was written: all of it has another value before."""
+
+    MARK, EDGE = 0xA5, 64
+
+    def __init__(self) -> None:
+        super().__init__(chunk_bytes=0)
+        self.edges: list[Tensor] = []
+
+    def take(self, num_bytes: int) -> Tensor:
+        whole = super().take(num_bytes + 2 * self.EDGE).fill_(self.MARK)
+        self.edges += [whole[: self.EDGE], whole[self.EDGE + num_bytes :]]
+        return whole[self.EDGE : self.EDGE + num_bytes]
+
+
+def raw_records(form: WeightFormat, rows: int, columns: int, parts: int, offset: int) -> Tensor:
+    """Records of any q and any finite scales and minima, `offset` bytes into longer rows."""
+    groups = columns // form.group_size if form.group_size else 0
+    numbers = 2 * form.scales_per_group * groups
+    q = form.row_bytes(columns) - numbers
+    kinds = [(256, q), (124, numbers)] * parts
+    pieces = [torch.randint(high, (rows, size), dtype=torch.uint8) for high, size in kinds]
+    return torch.cat([torch.zeros(rows, offset, dtype=torch.uint8), *pieces], dim=1)[:, offset:]
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@given(
+    form=st.sampled_from(FORMATS),
+    groups=st.integers(1, 9),
+    narrow=st.integers(0, 47),
+    rows=st.integers(1, 70),
+    kept=st.integers(0, 70),
+    offset=st.sampled_from((0, 2, 4, 6, 32)),
+    gated=st.booleans(),
+    skip_zeros=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_native_code_writes_the_bytes_of_the_twin_and_no_others(
+    path: str,
+    form: WeightFormat,
+    groups: int,
+    narrow: int,
+    rows: int,
+    kept: int,
+    offset: int,
+    gated: bool,
+    skip_zeros: bool,
+    threads: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    columns = form.group_size * groups or 16 * groups + narrow
+    records = raw_records(form, rows, columns, 3 if gated else 2, offset)
+    index = torch.randint(rows, (kept,), dtype=torch.int32) if kept else None
+    memory = Marked()
+
+    def packed(way: str) -> PackedMlp:
+        with using(way):
+            return pack_mlp(
+                records,
+                columns,
+                form,
+                gated=gated,
+                index=index,
+                skip_zeros=skip_zeros,
+                arena=memory,
+                threads=threads,
+            )
+
+    got, wanted = packed(path), packed("twin")
+    assert torch.equal(got.into.data, wanted.into.data)
+    assert torch.equal(got.down.data, wanted.down.data)
+    assert (got.up is None) == (wanted.up is None) == (not gated or not skip_zeros)
+    if got.up is not None and wanted.up is not None:
+        assert torch.equal(got.up.data, wanted.up.data)
+    assert memory.edges
+    assert all(bool((edge == Marked.MARK).all()) for edge in memory.edges)
 
 
 @pytest.mark.parametrize("path", PATHS)
