@@ -3,7 +3,8 @@
     python -m benchmarks.kernels --shape 7b --threads 2 --out benchmarks/results/kernels-7b
 
 Each step is timed between plain sweeps over a large buffer, so that both see the same machine; the
-fraction is the step's bytes a second over the sweep's. With one thread the clock is that thread's
+fraction is the step's bytes a second over the sweep's. Packing is that of a layer's kept neurons,
+into memory that was used before. With one thread the clock is that thread's
 own processor time, which other programs disturb less.
 """
 
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from benchmarks.report import markdown, provenance, write_json, write_text
 from coreinfer.backends.native.tensors import head_format
-from coreinfer.kernels.arena import Arena
+from coreinfer.kernels.arena import Arena, Mappings
 from coreinfer.kernels.decode import decode_step
 from coreinfer.kernels.formats import DTYPES, WeightFormat
+from coreinfer.kernels.layout import PackedMlp
 from coreinfer.kernels.library import kernel_path
 from coreinfer.kernels.packing import pack, pack_mlp
 from coreinfer.kernels.weights import (
@@ -65,14 +67,19 @@ def random_records(form: WeightFormat, rows: int, columns: int, parts: int = 1) 
     return some.repeat(-(-rows // 64), parts)[:rows].contiguous()
 
 
+def some_neurons(shape: Shape, keep: float) -> Tensor:
+    """Which neurons of a layer are kept, int32."""
+    count = round(keep * shape.neurons)
+    return torch.randperm(shape.neurons)[:count].sort().values.to(torch.int32)
+
+
 def model_of(
     shape: Shape, form: WeightFormat, layers: int, keep: float
 ) -> tuple[DecoderWeights, Plan]:
     """A random decoder, and a plan that keeps that part of each layer's neurons."""
     d, arena, ones = shape.hidden, Arena(), Norm(torch.ones(shape.hidden))
     q_rows, kv_rows = shape.heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim
-    count, head = round(keep * shape.neurons), head_format(form)
-    chosen = torch.randperm(shape.neurons)[:count].sort().values.to(torch.int32)
+    chosen, head = some_neurons(shape, keep), head_format(form)
     records = random_records(form, shape.neurons, d, parts=3)
     linears, mlps = [], []
     for _ in range(layers):
@@ -92,6 +99,18 @@ def model_of(
         inverse_frequencies=1e4 ** -torch.linspace(0, 1, shape.head_dim // 2),
     )
     return weights, Plan(mlps, [None] * layers)
+
+
+def packing_of(shape: Shape, form: WeightFormat, keep: float) -> Callable[[], PackedMlp]:
+    """Packs that part of a layer's neurons, as after a prompt."""
+    records = random_records(form, shape.neurons, shape.hidden, parts=3)
+    chosen, mappings = some_neurons(shape, keep), Mappings()
+
+    def packed() -> PackedMlp:
+        arena = Arena(mappings=mappings)
+        return pack_mlp(records, shape.hidden, form, gated=True, index=chosen, arena=arena)
+
+    return packed
 
 
 def bytes_of(weights: DecoderWeights, plan: Plan) -> int:
@@ -121,6 +140,7 @@ def main() -> None:
     buffer = torch.ones(SWEEP_BYTES // 8, dtype=torch.int64)
     results = []
     table = [["weights", "keep", "MB a token", "ms a token", "best", "of read bandwidth", "best"]]
+    table[0] += ["MB packed a layer", "ms", "best"]
     for dtype in DTYPES:
         for keep in args.keep:
             weights, plan = model_of(shape, WeightFormat.named(dtype), layers, keep)
@@ -129,11 +149,14 @@ def main() -> None:
             )
             row = Row(1, 100, 100, plan, cache)
             step = partial(decode_step, weights, [row], args.threads)
-            sweeps, steps = [], []
+            packing = packing_of(shape, WeightFormat.named(dtype), keep)
+            sweeps, steps, packings = [], [], []
             step()
+            packed_bytes = packing().num_bytes
             for _ in range(args.steps):
                 sweeps.append(timed(clock, buffer.sum) / SWEEP_BYTES)
                 steps.append(timed(clock, step))
+                packings.append(timed(clock, packing))
             size = bytes_of(weights, plan)
             fractions = [
                 size * s / t
@@ -147,6 +170,8 @@ def main() -> None:
                     "keep": keep,
                     "bytes": size,
                     "step_s": steps,
+                    "packed_bytes": packed_bytes,
+                    "pack_s": packings,
                     "sweep_bytes_per_s": [1 / s for s in sweeps],
                     "fraction": fractions[0],
                 }
@@ -160,6 +185,9 @@ def main() -> None:
                     f"{min(steps) * 1e3:.2f}",
                     f"{fractions[0]:.0%}",
                     f"{fractions[1]:.0%}",
+                    f"{packed_bytes / 1e6:.0f}",
+                    f"{median(packings) * 1e3:.2f}",
+                    f"{min(packings) * 1e3:.2f}",
                 ]
             )
             print(" ".join(table[-1]), flush=True)
