@@ -44,12 +44,17 @@ inline int64_t most_neurons(const CiModel& model, const CiRow* rows, int count) 
   return most;
 }
 
-inline StepMemory::StepMemory(Carver& carver, const CiModel& model, const CiRow* rows, int count) {
-  const int64_t heads = model.num_heads + 2 * model.num_kv_heads;
-  const int64_t neurons = most_neurons(model, rows, count);
+inline int64_t highest_rank(const CiModel& model, const CiRow* rows, int count) {
   int64_t rank = 0;
   for (int b = 0; b < count; ++b)
     for (int i = 0; i < model.num_layers; ++i) rank = larger(rank, rows[b].stand_ins[i].right.rows);
+  return rank;
+}
+
+inline StepMemory::StepMemory(Carver& carver, const CiModel& model, const CiRow* rows, int count) {
+  const int64_t heads = model.num_heads + 2 * model.num_kv_heads;
+  const int64_t neurons = most_neurons(model, rows, count);
+  const int64_t rank = highest_rank(model, rows, count);
   for (int b = 0; b < count; ++b) {
     x[b] = carver.take<float>(pad(model.hidden_size));
     qkv[b] = carver.take<float>(pad(heads * model.head_dim));
@@ -62,7 +67,7 @@ inline StepMemory::StepMemory(Carver& carver, const CiModel& model, const CiRow*
 inline WorkerMemory::WorkerMemory(Carver& carver, const CiModel& model, const CiRow* rows, int count)
     : inputs(carver, count,
              larger(larger(model.hidden_size, static_cast<int64_t>(model.num_heads) * model.head_dim),
-                    most_neurons(model, rows, count))) {
+                    larger(most_neurons(model, rows, count), highest_rank(model, rows, count)))) {
   int64_t longest = 0;
   for (int b = 0; b < count; ++b) {
     longest = larger(longest, rows[b].length + 1);
@@ -182,6 +187,15 @@ class Step {
       batch.rows[b] = mine.inputs.inputs(b);
       prepare<S>(matrix, x[b], batch.rows[b]);
     }
+    return batch;
+  }
+
+  // One row's input of a stand-in, in memory that no other product of this worker needs any more.
+  Batch single(const CiMatrix& matrix, const float* x, const WorkerMemory& mine) const {
+    Batch batch;
+    batch.count = 1;
+    batch.rows[0] = mine.inputs.inputs(0);
+    prepare<S>(matrix, x, batch.rows[0]);
     return batch;
   }
 
@@ -312,10 +326,7 @@ class Step {
     for (int b = 0; b < count_; ++b) {
       const CiMatrix& right = rows_[b].stand_ins[index].right;
       if (right.data == nullptr) continue;
-      Batch one;
-      one.count = 1;
-      one.rows[0] = all.rows[b];
-      product<S>(worker, right, one, [&](int64_t t, const float* y) {
+      product<S>(worker, right, single(right, mine.inputs.x[b], mine), [&](int64_t t, const float* y) {
         std::memcpy(memory.z[b] + kTile * t, y, kTile * sizeof(float));
       });
     }
@@ -355,19 +366,18 @@ class Step {
         emit(t, y);
       }
     }
-    for (int b = 0; b < count_; ++b) stand_in(worker, rows_[b].stand_ins[index], memory.z[b], memory.x[b]);
+    for (int b = 0; b < count_; ++b)
+      stand_in(worker, rows_[b].stand_ins[index], memory.z[b], mine, memory.x[b]);
   }
 
-  void stand_in(const Worker& worker, const CiStandIn& part, const float* z, float* x) const {
+  void stand_in(const Worker& worker, const CiStandIn& part, const float* z, const WorkerMemory& mine,
+                float* x) const {
     const Range tiles = share(worker, pad(model_.hidden_size) / kTile);
     if (part.offset != nullptr)
       for (int64_t t = tiles.begin; t < tiles.end; ++t)
         S::store(x + kTile * t, S::add(S::load(x + kTile * t), S::load(part.offset + kTile * t)));
     if (part.left.data == nullptr) return;
-    Batch one;
-    one.count = 1;
-    one.rows[0].x = z;
-    product<S>(worker, part.left, one, [&](int64_t t, const float* y) {
+    product<S>(worker, part.left, single(part.left, z, mine), [&](int64_t t, const float* y) {
       S::store(x + kTile * t, S::add(S::load(x + kTile * t), S::load(y)));
     });
   }

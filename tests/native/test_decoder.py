@@ -72,7 +72,7 @@ def test_dense_and_sparse_logits_are_those_of_transformers(variant: str, dtype: 
 @pytest.mark.parametrize("stand_in", [Mean(), Linear(rank=4)])
 @pytest.mark.parametrize("variant", ["llama", "biased", "opt"])
 def test_stand_ins_are_those_of_hf(variant: str, stand_in: StandIn) -> None:
-    same_answers(tiny_pair(variant), RULE, stand_in, 1e-2)  # its maps are bfloat16
+    same_answers(tiny_pair(variant), RULE, stand_in, 1e-2)  # its maps are of eight bits
 
 
 def test_sizes_that_nothing_divides() -> None:
@@ -206,7 +206,7 @@ def test_the_bytes_of_a_token_are_those_of_the_stored_weights(dtype: str) -> Non
     session = pair.native.start(RecordingPlan.of(RULE, Linear(rank=4)))
     session.prefill(PROMPTS[:1])
     choice = session.select(RULE, Linear(rank=4))[0]
-    assert choice.stand_in_bytes == layers * (d * 4 + 2 * 4 * d * 2)
+    assert choice.stand_in_bytes == layers * (d * 4 + 2 * 4 * d * 8.5 / 8)
     kept = layers * round(0.4 * neurons) * neuron
     assert cost.sparse(choice.core_set) == cost.shared + kept
 

@@ -127,7 +127,7 @@ def test_both_backends_choose_and_decode_alike(tmp_path: Path, variant: str) -> 
         logits.append(session.decode([[7, 8], [9, 10]], Phase.SCORE))
     assert chosen[0] == chosen[1]
     assert all(cost > 0 for row in costs for cost in row)
-    # the native stand-in's maps are bfloat16
+    # the native stand-in's maps are int8
     torch.testing.assert_close(logits[0], logits[1], rtol=0.05, atol=0.05)
 
 

@@ -89,7 +89,8 @@ def unpack_rows(packed: Packed) -> Tensor:
     halves = tiles[:, word_bytes : word_bytes + 2 * TILE * groups * form.scales_per_group]
     numbers = halves.contiguous().view(torch.float16).view(-1, groups, form.scales_per_group, TILE)
     numbers = numbers.permute(0, 3, 2, 1).reshape(len(q), groups * form.scales_per_group)
-    numbers = numbers.contiguous().view(torch.uint8)
+    # One number a row passes for contiguous whatever its stride, and cannot be viewed as bytes.
+    numbers = numbers.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return form.dequantize(torch.cat([q, numbers], dim=1), columns)[: packed.rows]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,12 +156,30 @@ class _Vectors:
         )
 
 
+def map_format(hidden_size: int) -> WeightFormat:
+    """How the maps of a stand-in are stored, whatever the model's own format.
+
+    Eight bits, for their rounding is nothing beside what a map of low rank leaves: for the bytes of
+    one in bfloat16, one of almost twice the rank. bfloat16 where groups do not fit.
+    """
+    size = next((size for size in (32, 16) if hidden_size % size == 0), None)
+    return WeightFormat.named("bfloat16") if size is None else WeightFormat("int8", size)
+
+
+def _balance(left: Tensor, right: Tensor) -> float:
+    """The power of two for which left / it and right * it are of like size."""
+    sizes = float(left.abs().max()), float(right.abs().max())
+    return 1.0 if min(sizes) == 0 else 2.0 ** round(math.log2(sizes[0] / sizes[1]) / 2)
+
+
 @dataclass(frozen=True, eq=False)
 class StandInWeights:
-    """y += offset + left (right x), x the MLP's input; offset float32 [d], the rest bfloat16.
+    """y += offset + left (right x), x the MLP's input.
 
     Attributes:
-        left, right: [d, r] and [r, d], packed; None where the stand-in is constant.
+        offset: float32 [d].
+        left, right: [d, r] and [r, d], packed in `map_format`, r filled up with zeros to whole
+            groups; None where the stand-in is constant.
     """
 
     offset: Tensor
@@ -176,20 +195,18 @@ class StandInWeights:
         arena: Arena | None = None,
     ) -> StandInWeights:
         """From tensors of any floating dtype: offset [d], left [d, r], right [r, d]."""
-        form = WeightFormat.named("bfloat16")
-
-        def packed(part: Tensor | None) -> Packed | None:
-            if part is None:
-                return None
-            # As form.quantize, without looking for damage: these are not weights of a file. Flat
-            # first: a single column counts as contiguous whatever its stride.
-            flat = part.detach().to("cpu", torch.bfloat16).flatten()
-            return pack(
-                flat.view(torch.uint8).view(len(part), -1), part.shape[1], form, arena=arena
-            )
-
-        factors = [packed(part) for part in (left, right)]
-        return cls(offset.detach().to("cpu", torch.float32).contiguous(), *factors)
+        offset = offset.detach().to("cpu", torch.float32).contiguous()
+        if left is None or right is None:
+            return cls(offset)
+        form = map_format(len(offset))
+        missing = -left.shape[1] % max(1, form.group_size)
+        # Scales are float16, and a factor's numbers may be small where the other's are not.
+        balance = _balance(left, right)
+        factors = pad(left / balance, (0, missing)), pad(right * balance, (0, 0, 0, missing))
+        return cls(
+            offset,
+            *(pack(form.quantize(part), part.shape[1], form, arena=arena) for part in factors),
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from coreinfer.backends.native.products import Products
 from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.kernels.linear import dequantize
+from coreinfer.kernels.weights import map_format
 from coreinfer.standins import StandInTerms
 
 _ROWS = 512  # columns of W_down dequantised at a time for their norms: they stay in the cache
@@ -68,6 +69,7 @@ class NativeView:
         return StoredDown(self._products, self._weights.mlp_part(layer, -1), size)
 
     def stand_in_bytes(self, terms: StandInTerms) -> int:
-        """Bytes that decode reads for the stand-in of a layer: a float32 offset, bfloat16 maps."""
-        maps = terms.num_weights - terms.offset.numel()
-        return 4 * terms.offset.numel() + 2 * maps
+        """Bytes that decode reads for the stand-in of a layer: a float32 offset, and the maps."""
+        size = terms.offset.numel()
+        bits = map_format(size).bits_per_weight * (terms.num_weights - size)
+        return 4 * size + round(bits / 8)
