@@ -24,6 +24,7 @@ class Dual:
         gram: X X^T, [S, S].
         inverse: (X X^T + lambda)^-1; 0 where the inputs do not differ, so that nothing is fitted.
         penalty: lambda.
+        varies: whether the inputs differ.
     """
 
     mean: Tensor
@@ -31,6 +32,7 @@ class Dual:
     gram: Tensor
     inverse: Tensor
     penalty: Tensor
+    varies: bool
 
     @classmethod
     def of(cls, x: Tensor, ridge: float) -> Dual:
@@ -45,12 +47,7 @@ class Dual:
         # False for one token, or tokens that differ by no more than their mean is rounded.
         rounding = (32 * torch.finfo(wide).eps) ** 2
         varies = bool(energy > rounding * tokens * mean.square().sum())
-        return cls(mean, centred, gram, _inverse(gram, penalty, varies), penalty)
-
-    @property
-    def varies(self) -> bool:
-        """Whether there is anything to fit."""
-        return bool(self.inverse.any())
+        return cls(mean, centred, gram, _inverse(gram, penalty, varies), penalty, varies)
 
     @property
     def factor(self) -> Tensor:
