@@ -21,24 +21,22 @@ from coreinfer.api import load
 from coreinfer.backends.base import Backend
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.values import layer_list
-from coreinfer.core.measures import ReadCost
 from coreinfer.evaluation.continuations import Quality, Setting, Window, measure
 from coreinfer.selectors import Impact, Residual, Stability
 from coreinfer.standins import Calibrated, Linear
 from coreinfer.tuning.budgets import Curve, allocate
+from coreinfer.tuning.prices import Prices
 
 
-def equal_keep(cost: ReadCost, keep: float, rank: int, hidden: int, element: int) -> float:
+def equal_keep(prices: Prices, keep: float, rank: int) -> float:
     """The keep of a layer that, with a map of this rank and its offset, reads no more bytes."""
-    neurons, size = cost.num_neurons[0], cost.per_neuron[0]
-    paid = -(-element * (2 * rank + 1) * hidden // size)
+    neurons, size = prices.cost.num_neurons[0], prices.cost.per_neuron[0]
+    paid = -(-prices.stand_in("linear", {"rank": rank}) // size)
     return max(round(keep * neurons) - paid, 1) / neurons
 
 
-def baselines(
-    cost: ReadCost, keep: float, dense: tuple[int, ...], hidden: int, element: int
-) -> dict[str, Setting]:
-    lower = equal_keep(cost, keep, Linear().rank, hidden, element)
+def baselines(prices: Prices, keep: float, dense: tuple[int, ...]) -> dict[str, Setting]:
+    lower = equal_keep(prices, keep, Linear().rank)
     return {
         "stability": Setting(Stability(beta=keep, dense_layers=dense)),
         "impact": Setting(Impact(beta=keep, dense_layers=dense)),
@@ -49,15 +47,13 @@ def baselines(
 def calibrated(
     store: CalibrationStore,
     ranks: Sequence[int],
-    cost: ReadCost,
+    prices: Prices,
     keep: float,
     dense: tuple[int, ...],
-    hidden: int,
-    element: int,
 ) -> dict[str, Setting]:
     made = {}
     for rank in ranks:
-        lower = equal_keep(cost, keep, rank, hidden, element)
+        lower = equal_keep(prices, keep, rank)
         stand_in = Calibrated(calibration=store, rank=rank)
         rule = Residual(calibration=store, beta=lower, dense_layers=dense)
         made[f"residual, calibrated {rank}"] = Setting(rule, stand_in)
@@ -85,11 +81,7 @@ def rows_of(
     backend: Backend, texts: Sequence[Window], args: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, Quality]]]:
     """The results of the other rules, then of each store."""
-    cost, dense = backend.cost, args.dense_layers
-    store = CalibrationStore.load(args.stores[0][1])
-    hidden = store.predictions[0].input_mean.numel()
-    element = cost.per_neuron[0] // (args.parts * hidden)
-    sizes = (cost, args.keep, dense, hidden, element)
+    sizes = (Prices.of(backend, texts[0]), args.keep, args.dense_layers)
     if not args.no_baselines:
         *_, last = measure(backend, texts, baselines(*sizes), batch_size=args.batch_size)
         yield "", last
@@ -150,7 +142,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=whole_numbers, default=(64,), help="of the stand-in")
     parser.add_argument("--keep", type=float, default=0.5, help="whose bytes every row may read")
     parser.add_argument("--dense-layers", type=layer_list, default=())
-    parser.add_argument("--parts", type=int, default=3, help="rows of a neuron: 3 gated, 2 plain")
+    parser.add_argument("--backend", choices=("native", "hf"), default="native")
+    parser.add_argument("--dtype")
     parser.add_argument("--no-baselines", action="store_true", help="the stores alone")
     parser.add_argument("--residual-alone", action="store_true", help="equal budgets, no impact")
     add_window_options(parser)
@@ -159,14 +152,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
 
-    backend = load(args.model, backend="hf", threads=args.threads, on_progress=print).backend
+    backend = load(
+        args.model,
+        backend=args.backend,
+        dtype=args.dtype,
+        threads=args.threads,
+        on_progress=print,
+    ).backend
     texts = read_windows(backend, args)
     about = provenance("benchmarks.calibration")
     title = (
         f"# Calibrated decoding: {backend.model_name} on {args.text.name}\n\n"
         f"{args.windows} windows of {args.prompt_tokens} + {args.continuation_tokens} tokens, "
         f"dense layers {list(args.dense_layers)}, at the bytes of plain dropping at keep "
-        f"{args.keep:g}; {backend.dtype}. ± is the standard error over the windows.\n\n"
+        f"{args.keep:g}; {backend.name}, {backend.dtype}. "
+        "± is the standard error over the windows.\n\n"
         f"`{about['command']}`\n\n"
     )
     found: dict[str, dict[str, Quality]] = {}
