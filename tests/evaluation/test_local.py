@@ -131,6 +131,18 @@ def test_generated_answers(tasks: dict[str, ConfigurableTask], name: str) -> Non
         assert {metric: found[metric] for metric in wanted} == pytest.approx(score)
 
 
+def test_what_truthfulqa_shows_tells_noise_from_an_answer(
+    tasks: dict[str, ConfigurableTask],
+) -> None:
+    task, shown = tasks["truthfulqa_gen"], LOCAL_TASKS["truthfulqa_gen"].headline
+    right, _, _ = RIGHT["truthfulqa_gen"]
+    answer, noise = (
+        task.process_results(task.eval_docs[2], [text]) for text in (right, "it is" + " very" * 200)
+    )
+    assert noise["rouge1_acc"] == answer["rouge1_acc"] == 1
+    assert any(noise[metric] < answer[metric] / 10 for metric in shown)
+
+
 @pytest.mark.parametrize("name", ["wmt16-de-en", "wmt16-ro-en"])
 def test_translations(tasks: dict[str, ConfigurableTask], name: str) -> None:
     task = tasks[name]
