@@ -48,9 +48,8 @@ class NativeBackend:
     ) -> None:
         self.weights = weights
         self.tokenizer = tokenizer
-        products = Products(weights.format, compute)
-        self.decoder = Decoder(weights, products)
-        self.view = NativeView(weights, products)
+        self.decoder = Decoder(weights, Products(weights.format, compute))
+        self.view = NativeView(weights, Products(weights.format, compute))
         self.stepper = Stepper(weights, skip_zeros=skip_zeros)
         self.prefill_chunk = prefill_chunk
         self._generation = generation
