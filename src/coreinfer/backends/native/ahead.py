@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
-
-import torch
 from torch import Tensor
 
 from coreinfer.backends.choose import Chosen, SparseLayer, check, make_sparse, others, put_together
@@ -23,8 +20,7 @@ class Ahead:
     Once a layer's activations h [N, D] are recorded, a rule that ranks layer by layer can choose
     its core neurons K. The down projection is then multiplied in two parts, of K and of the rest,
     which takes no more than the whole: the second one is the dropped part of every token, which
-    the stand-in is fitted on. Fitting and packing go on beside the layers that follow, in a thread
-    of their own where more than one is allowed: of a small model's pass, much keeps one core busy.
+    the stand-in is fitted on.
     """
 
     def __init__(
@@ -43,9 +39,8 @@ class Ahead:
         self._recorder = recorder
         self._source = source
         self._kept: dict[int, Tensor] = {}
-        self._sparse: dict[int, Future[SparseLayer[list[PackedLayer]]]] = {}
+        self._sparse: dict[int, SparseLayer[list[PackedLayer]]] = {}
         self._layers = 0  # passed so far
-        self._worker = ThreadPoolExecutor(1) if torch.get_num_threads() > 1 else None
 
     @classmethod
     def of(
@@ -72,59 +67,39 @@ class Ahead:
         return complete and self.intent == Intent(selector, stand_in)
 
     def pass_layer(self, layer: int, h: Tensor) -> Tensor | None:
-        """Choose for a layer whose tokens h [N, D], all of the prompt, are recorded; fit and pack.
+        """Choose, fit and pack a layer whose tokens h [N, D], all of the prompt, are recorded.
 
         Returns:
             h W_down^T [N, d] float32, where the layer was multiplied in parts.
         """
         own = self._recorder.layer_statistics(layer)
-        if self._layers != layer or not own.is_finite:
-            return None  # asking for a choice then says what is wrong
+        if (
+            self._layers != layer or not own.is_finite
+        ):  # asking for a choice then says what is wrong
+            return None
         self._layers += 1
-        selector, size = self.intent.selector, own.num_neurons
+        selector, stand_in = self.intent.selector, self.intent.stand_in
+        size = own.num_neurons
         kept = selector.choose(layer, self._source(layer, own), self._view.column_norms)
         if kept is None:
             return None
         self._kept[layer] = kept
         if kept.numel() == size:
             return None
-        if self.intent.stand_in is None:
-            self._start(layer, kept, None, None)
-            return None
-        down, rest = self._view.down(layer), others(kept, size)
-        product, dropped = self._products.down_in_parts(
-            h, down.records, down.size, [kept.long(), rest]
+        terms, product = None, None
+        if stand_in is not None:
+            down, rest = self._view.down(layer), others(kept, size)
+            product, dropped = self._products.down_in_parts(
+                h, down.records, down.size, [kept.long(), rest]
+            )
+            terms = [stand_in.fit(layer, self._recorder.sample(layer), down, rest, dropped)]
+            product += dropped
+        self._sparse[layer] = make_sparse(
+            self._view, layer, [kept], terms, self._stepper.pack_layer
         )
-        self._start(layer, kept, rest, dropped)
-        return product.add_(dropped)
-
-    def finish(self) -> None:
-        """Wait for what is still fitted and packed; nothing is passed after it."""
-        if self._worker is not None:
-            self._worker.shutdown()
+        return product
 
     def chosen(self) -> Chosen[list[PackedLayer]]:
         """The outcome, once complete."""
         selection = Selection(dict(self._kept))
-        sparse = {layer: made.result() for layer, made in self._sparse.items()}
-        return put_together(self._view, self.intent.selector, [selection], sparse)
-
-    def _start(self, layer: int, kept: Tensor, rest: Tensor | None, dropped: Tensor | None) -> None:
-        """Have a layer made smaller."""
-        work = (layer, kept, rest, dropped)
-        if self._worker is None:
-            made: Future[SparseLayer[list[PackedLayer]]] = Future()
-            made.set_result(self._make_sparse(*work))
-        else:
-            made = self._worker.submit(self._make_sparse, *work)
-        self._sparse[layer] = made
-
-    @torch.no_grad()  # which every thread has to say for itself
-    def _make_sparse(
-        self, layer: int, kept: Tensor, rest: Tensor | None, dropped: Tensor | None
-    ) -> SparseLayer[list[PackedLayer]]:
-        terms, stand_in = None, self.intent.stand_in
-        if stand_in is not None and rest is not None:
-            sample, down = self._recorder.sample(layer), self._view.down(layer)
-            terms = [stand_in.fit(layer, sample, down, rest, dropped)]
-        return make_sparse(self._view, layer, [kept], terms, self._stepper.pack_layer)
+        return put_together(self._view, self.intent.selector, [selection], self._sparse)

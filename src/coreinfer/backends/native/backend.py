@@ -48,8 +48,9 @@ class NativeBackend:
     ) -> None:
         self.weights = weights
         self.tokenizer = tokenizer
-        self.decoder = Decoder(weights, Products(weights.format, compute))
-        self.view = NativeView(weights, Products(weights.format, compute))
+        products = Products(weights.format, compute)
+        self.decoder = Decoder(weights, products)
+        self.view = NativeView(weights, products)
         self.stepper = Stepper(weights, skip_zeros=skip_zeros)
         self.prefill_chunk = prefill_chunk
         self._generation = generation

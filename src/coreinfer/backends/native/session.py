@@ -53,13 +53,8 @@ class NativeSession:
         if first:
             self._caches = [self._backend.new_cache() for _ in token_ids]
         recorded = self._recorded
-        try:
-            hidden = self._record(token_ids, recorded.recorders, recorded.windows, self._ahead)
-            return self._backend.stepper.logits(hidden)
-        finally:
-            # Its memory comes from where the next selection takes its own.
-            if self._ahead is not None:
-                self._ahead.finish()
+        hidden = self._record(token_ids, recorded.recorders, recorded.windows, self._ahead)
+        return self._backend.stepper.logits(hidden)
 
     def look_ahead(self, token_ids: Sequence[Sequence[int]]) -> None:
         ahead = self.fork()

@@ -36,7 +36,6 @@ class NativeView:
     """A native model as `coreinfer.backends.choose.choose` sees it."""
 
     def __init__(self, weights: NativeWeights, products: Products) -> None:
-        """Products of its own: a stand-in may be fitted beside the pass that reads the prompt."""
         self._weights = weights
         self._products = products
         self._norms: dict[int, Tensor] = {}
