@@ -151,7 +151,7 @@ def agree(
     assert one.notes == two.notes
     assert one.core_set.selector == two.core_set.selector
     for ids in ([[17]], [[3, 4, 5]]):
-        close(ahead.decode(ids), after.decode(ids), rtol=2e-2, atol=2e-2)  # maps are bfloat16
+        close(ahead.decode(ids), after.decode(ids), rtol=2e-2, atol=2e-2)  # maps are of eight bits
 
 
 @pytest.mark.parametrize("stand_in", STAND_INS)
