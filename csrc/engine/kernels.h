@@ -125,7 +125,7 @@ struct MlpMemory {
   MlpMemory(Carver& carver, const CiMlp& mlp, int rows)
       : inputs(carver, rows, larger(mlp.into.columns, mlp.down.columns)) {
     for (int b = 0; b < rows; ++b) y[b] = carver.take<float>(pad(mlp.down.rows));
-    numbers = carver.take<float>(2 * pad(pad(mlp.down.rows) / kTile));
+    numbers = carver.take<float>((kTogether + 1) * pad(pad(mlp.down.rows) / kTile));
   }
 };
 

@@ -26,15 +26,19 @@ void product(const Worker& worker, const CiMatrix& w, const Batch& batch, const 
   }
 }
 
-// A record's float16 numbers of `count` groups as floats; the record may end right after them.
+// Sixteen of a record's `count` float16 numbers, from the i-th on, with zeros behind the last: the
+// record may end right after it.
+template <class S>
+typename S::F some_halves(const uint8_t* from, int64_t i, int64_t count) {
+  uint16_t halves[kTile] = {};
+  const int64_t size = count - i < kTile ? count - i : kTile;
+  std::memcpy(halves, from + 2 * i, static_cast<size_t>(2 * size));
+  return S::load_half(halves);
+}
+
 template <class S>
 void read_halves(const uint8_t* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += kTile) {
-    uint16_t halves[kTile] = {};
-    const int64_t size = count - i < kTile ? count - i : kTile;
-    std::memcpy(halves, from + 2 * i, static_cast<size_t>(2 * size));
-    S::store(to + i, S::load_half(halves));
-  }
+  for (int64_t i = 0; i < count; i += kTile) S::store(to + i, some_halves<S>(from, i, count));
 }
 
 // Of a matrix that is stored by neuron: a record has a number for each of its rows.
@@ -178,22 +182,95 @@ void down_by_tile(const Worker& worker, const CiMatrix& down, int rows, float* c
   }
 }
 
+constexpr int kTogether = 4;  // records that are added at a time
+
+// y += sum_k factors[k] * record k, for some tiles. `numbers` is memory for what they are scaled by.
+template <class S, int kCount>
+void add_records(const CiMatrix& matrix, const uint8_t* const* records, const float* factors,
+                 Range tiles, float* numbers, float* y) {
+  using F = typename S::F;
+  if (matrix.dtype == CI_BFLOAT16) {
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      const int64_t left = matrix.rows - kTile * t;
+      F sum = S::load(y + kTile * t);
+      for (int k = 0; k < kCount; ++k) {
+        uint16_t last[kTile] = {};
+        const auto* from = reinterpret_cast<const uint16_t*>(records[k]) + kTile * t;
+        if (left < kTile) {
+          std::memcpy(last, from, static_cast<size_t>(2 * left));
+          from = last;
+        }
+        sum = S::fma(S::load_bfloat16(from), S::set(factors[k]), sum);
+      }
+      S::store(y + kTile * t, sum);
+    }
+    return;
+  }
+  // w * factor = q * (scale * factor) + minimum * factor, whose last term is the same for a group.
+  const int64_t groups = matrix.rows / matrix.group_size, room = pad(groups);
+  const bool four = matrix.dtype == CI_INT4;
+  float* constant = numbers + kTogether * room;
+  for (int64_t g = 0; g < groups; g += kTile) {
+    F total = S::zero();
+    for (int k = 0; k < kCount; ++k) {
+      const uint8_t* halves = records[k] + (four ? matrix.rows / 2 : matrix.rows);
+      const F factor = S::set(factors[k]);
+      S::store(numbers + k * room + g, S::mul(some_halves<S>(halves, g, groups), factor));
+      if (four) total = S::fma(some_halves<S>(halves + 2 * groups, g, groups), factor, total);
+    }
+    S::store(constant + g, total);
+  }
+  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+    const int64_t group = kTile * t / matrix.group_size;
+    F sum = S::load(y + kTile * t);
+    if (four) sum = S::add(sum, S::set(constant[group]));
+    for (int k = 0; k < kCount; ++k) {
+      const F q = four ? S::load_int4(records[k] + 8 * t)
+                       : S::load_int8(reinterpret_cast<const int8_t*>(records[k]) + kTile * t);
+      sum = S::fma(q, S::set(numbers[k * room + group]), sum);
+    }
+    S::store(y + kTile * t, sum);
+  }
+}
+
+template <class S>
+void add_some_records(const CiMatrix& matrix, const uint8_t* const* records, const float* factors,
+                      int count, Range tiles, float* numbers, float* y) {
+  switch (count) {
+    case 1: return add_records<S, 1>(matrix, records, factors, tiles, numbers, y);
+    case 2: return add_records<S, 2>(matrix, records, factors, tiles, numbers, y);
+    case 3: return add_records<S, 3>(matrix, records, factors, tiles, numbers, y);
+    case 4: return add_records<S, 4>(matrix, records, factors, tiles, numbers, y);
+    default: return;
+  }
+}
+
 // y [rows][outputs of this worker] = W_down h, neuron by neuron: those that are zero are not read.
 template <class S>
 void down_by_neuron(const Worker& worker, const CiMatrix& down, int rows, float* const* h,
                     float* numbers, float* const* y) {
+  constexpr int64_t kBlock = 256;  // neurons: for the next row, their records are in the cache
   const Range tiles = share(worker, pad(down.rows) / kTile);
   const int64_t bytes = record_bytes(down);
   for (int b = 0; b < rows; ++b)
     for (int64_t t = tiles.begin; t < tiles.end; ++t) S::store(y[b] + kTile * t, S::zero());
-  for (int64_t n = 0; n < down.columns; ++n)
-    for (int b = 0; b < rows; ++b) {  // a record is read once: for the next row it is in the cache
-      if (h[b][n] == 0.0f) continue;
-      const typename S::F factor = S::set(h[b][n]);
-      read_record<S>(down, down.data + n * bytes, tiles, numbers, [&](int64_t t, typename S::F w) {
-        S::store(y[b] + kTile * t, S::fma(w, factor, S::load(y[b] + kTile * t)));
-      });
+  for (int64_t start = 0; start < down.columns; start += kBlock) {
+    const int64_t end = start + kBlock < down.columns ? start + kBlock : down.columns;
+    for (int b = 0; b < rows; ++b) {
+      const uint8_t* records[kTogether];
+      float factors[kTogether];
+      int count = 0;
+      for (int64_t n = start; n < end; ++n) {
+        if (h[b][n] == 0.0f) continue;
+        records[count] = down.data + n * bytes;
+        factors[count] = h[b][n];
+        if (++count < kTogether) continue;
+        add_some_records<S>(down, records, factors, count, tiles, numbers, y[b]);
+        count = 0;
+      }
+      add_some_records<S>(down, records, factors, count, tiles, numbers, y[b]);
     }
+  }
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ struct WorkerMemory {
   float* cosine[CI_MAX_ROWS];
   float* sine[CI_MAX_ROWS];
   float* scores;
-  float* numbers;  // scales and minima of a record
+  float* numbers;  // scales and minima of records
 
   WorkerMemory(Carver& carver, const CiModel& model, const CiRow* rows, int count);
 };
@@ -76,7 +76,7 @@ inline WorkerMemory::WorkerMemory(Carver& carver, const CiModel& model, const Ci
     sine[b] = carver.take<float>(model.head_dim);
   }
   scores = carver.take<float>(pad(longest));
-  numbers = carver.take<float>(2 * pad(pad(model.hidden_size) / kTile));
+  numbers = carver.take<float>((kTogether + 1) * pad(pad(model.hidden_size) / kTile));
 }
 
 template <class S>

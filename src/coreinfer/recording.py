@@ -115,11 +115,14 @@ class PromptRecorder:
         if self.plan.sample_tokens is not None:
             positions = window.start + torch.arange(x.shape[0], device=x.device)
             sink = int(window.start == 0)
-            self._first[layer].update(x[:sink], h[:sink], positions[:sink])
-            self._samples[layer].update(x[sink:], h[sink:], positions[sink:])
+            if x.shape[0] > sink:
+                self._samples[layer].update(x[sink:], h[sink:], positions[sink:])
+            else:
+                self._first[layer].update(x, h, positions)
         start = window.start
         if window.bos and not self.plan.count_bos:
-            self._add(self._parts[0].bos[layer], layer, x[:1], h[:1])
+            if x.shape[0] == 1:  # with others beside it, it will never be asked for
+                self._add(self._parts[0].bos[layer], layer, x, h)
             x, h, start = x[1:], h[1:], start + 1
         if self.plan.observer is not None and x.shape[0]:
             self.plan.observer(layer, x.detach(), h.detach())
