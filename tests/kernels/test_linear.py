@@ -165,6 +165,26 @@ def test_what_a_zero_makes_needless_is_not_read(form: WeightFormat, gated: bool,
 
 
 @pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("active", [0, 1, 2, 3, 4, 5, 7, 300])
+def test_any_number_of_neurons_may_be_active(active: int, dtype: str, path: str) -> None:
+    """Several are added at a time, of some hundred neurons, in outputs of more groups than 16."""
+    form = WeightFormat(dtype, 0 if dtype == "bfloat16" else 16)
+    neurons, size = 600, 16 * 21
+    generator = torch.Generator().manual_seed(active)
+    bias = torch.full((neurons,), -1e3)
+    bias[torch.randperm(neurons, generator=generator)[:active]] = 10.0
+    records = torch.cat([records_of(form, neurons, size, seed) for seed in (0, 1)], dim=1)
+    packed = pack_mlp(records, size, form, gated=False, in_bias=bias, skip_zeros=True)
+    x = inputs(2, size) / 100
+    wanted, h = mlp_twin(packed, x, "relu")
+    assert int((h != 0).sum(dim=1).max()) == active
+    with using(path):
+        found = mlp(packed, x, "relu", threads=2)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("path", NATIVE)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_native_activations_equal_the_twins(activation: str, path: str) -> None:
     form = WeightFormat("bfloat16", 0)
