@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input: the message is one line that says what is wrong, the value, and what would do.
@@ -41,3 +44,9 @@ def require_whole(name: str, value: object, low: int, high: int | None = None) -
     if value < low or (high is not None and value > high):
         raise UserError(f"{name} must be {wanted}, got {value}")
     return value
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """For a message on an unknown name: "did you mean 'a' or 'b'? ", or "" if none is near."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=3)
+    return f"did you mean {' or '.join(map(repr, close))}? " if close else ""

@@ -47,7 +47,7 @@ def test_shapes_have_the_published_size_and_a_native_decoder(name: str) -> None:
 
 
 def test_an_unknown_shape_is_refused_with_the_nearest_names() -> None:
-    with pytest.raises(UserError, match=r"no shape 'llama2-7'; did you mean llama2-7b"):
+    with pytest.raises(UserError, match=r"no shape 'llama2-7'; did you mean 'llama2-7b'"):
         shape_named("llama2-7")
     with pytest.raises(UserError, match=r"no shape 'x{9}'; known are llama2-7b, "):
         shape_named("x" * 9)

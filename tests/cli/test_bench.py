@@ -62,7 +62,7 @@ def test_the_table_and_the_plot(cli: Cli, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--shape", "llama2-8b"), "no shape 'llama2-8b'; did you mean llama2-7b"),
+        (("--shape", "llama2-8b"), "no shape 'llama2-8b'; did you mean 'llama2-7b'"),
         (("--dtypes", "int3"), "no dtype 'int3'"),
         (("--dtypes", ""), "no dtype to bench"),
         (("--keeps", "1.5"), "keeps must be above 0 and at most 1, got 1.5"),

@@ -106,7 +106,7 @@ def test_devices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("smollm2-135m-instuct", "did you mean smollm2-135m-instruct?"),
+        ("smollm2-135m-instuct", "did you mean 'smollm2-135m-instruct'?"),
         ("SmolLM2-135M", "smollm2-135m-instruct"),
         ("nothing", "owner/name"),
         ("", "smollm2-135m-instruct"),

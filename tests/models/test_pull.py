@@ -380,7 +380,7 @@ def test_the_lock_is_free_after_a_failure(tiny: WheelModel, wheel: Path) -> None
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("smollm2-135m-instuct", "did you mean smollm2-135m-instruct?"),
+        ("smollm2-135m-instuct", "did you mean 'smollm2-135m-instruct'?"),
         ("zzz", "known are smollm2-135m-instruct"),
         ("", "known are"),
         ("a/b/c", "'a/b/c'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import platform
@@ -31,7 +30,7 @@ from coreinfer.analysis.semantics import Semantics
 from coreinfer.analysis.settings import Settings
 from coreinfer.analysis.texts import Source, require_distinct
 from coreinfer.backends.base import Backend
-from coreinfer.errors import UserError
+from coreinfer.errors import UserError, meant
 from coreinfer.files import describe_os_error, replace_when_done
 from coreinfer.semantics.store import ClusterStore
 
@@ -89,9 +88,8 @@ def questions_named(names: Sequence[str]) -> list[Question]:
     """
     for name in names:
         if name != "all" and name not in QUESTIONS:
-            close = difflib.get_close_matches(name, QUESTIONS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UserError(f"no question {name!r}; {hint}there is all, {', '.join(QUESTIONS)}")
+            known = f"there is all, {', '.join(QUESTIONS)}"
+            raise UserError(f"no question {name!r}; {meant(name, QUESTIONS)}{known}")
     if not names:
         raise UserError(f"no question was asked; there is all, {', '.join(QUESTIONS)}")
     return [one for name, one in QUESTIONS.items() if name in names or "all" in names]

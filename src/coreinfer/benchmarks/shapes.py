@@ -5,14 +5,13 @@ The sizes are those of the published configurations.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from coreinfer.errors import UserError
+from coreinfer.errors import UserError, meant
 
 
 def _opt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
@@ -93,9 +92,7 @@ def shape_named(name: str, shapes: Mapping[str, Mapping[str, Any]] = SHAPES) -> 
     """
     if name in shapes:
         return dict(shapes[name])
-    close = difflib.get_close_matches(name.lower(), shapes, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(shapes)}"
-    raise UserError(f"no shape {name!r}; {hint}")
+    raise UserError(f"no shape {name!r}; {meant(name, shapes)}known are {', '.join(shapes)}")
 
 
 def config_of(values: Mapping[str, Any]) -> PreTrainedConfig:

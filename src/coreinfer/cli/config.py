@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coreinfer.errors import UserError
+from coreinfer.errors import UserError, meant
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,9 +37,8 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
     for key, value in _read(path).items():
         option = f"--{key.replace('_', '-')}"
         if option not in known:
-            close = difflib.get_close_matches(option, sorted(known), n=1)
-            hint = f"; did you mean {close[0].removeprefix('--')!r}?" if close else ""
-            raise UserError(f"{path!r}: {key!r} is no setting{hint}")
+            hint = meant(key, sorted(one.removeprefix("--") for one in known))
+            raise UserError(f"{path!r}: {key!r} is no setting; {hint}".rstrip("; "))
         if option in mine:
             settings += _as_arguments(mine[option], option, value)
     return [argv[0], *settings, *argv[1:]]

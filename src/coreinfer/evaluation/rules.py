@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from coreinfer.errors import UserError
+from coreinfer.errors import UserError, meant
 from coreinfer.evaluation.continuations import Setting
 from coreinfer.journal import key_of
 from coreinfer.selectors import SELECTORS
@@ -83,10 +82,4 @@ def rule_names(names: Sequence[str], *, calibration: bool) -> list[RuleName]:
 
 def _require_known(what: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
-        raise UserError(f"no {what} {name!r}; {nearest(name, known)}there is {', '.join(known)}")
-
-
-def nearest(name: str, known: Sequence[str], count: int = 3) -> str:
-    """ "did you mean 'a', 'b'? ", or nothing where no name is near."""
-    close = difflib.get_close_matches(name, known, n=count)
-    return f"did you mean {', '.join(map(repr, close))}? " if close else ""
+        raise UserError(f"no {what} {name!r}; {meant(name, known)}there is {', '.join(known)}")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from coreinfer import __version__
 from coreinfer.backends.base import Backend
-from coreinfer.errors import UserError, require_whole
+from coreinfer.errors import UserError, meant, require_whole
 from coreinfer.evaluation.local import ALIASES, LOCAL_TASKS, digest_of
-from coreinfer.evaluation.rules import Rule, nearest
+from coreinfer.evaluation.rules import Rule
 from coreinfer.evaluation.section import Section, markdown, table_rows
 from coreinfer.evaluation.texts import TEXT_FILE, TEXT_TASKS, WINDOWS, run_text_task
 from coreinfer.files import replace_when_done
@@ -145,7 +145,7 @@ def _require_names(names: Sequence[str], *, local: bool) -> None:
     if not unknown:
         return
     if local:
-        close = nearest(unknown[0], [*known, *ALIASES])
+        close = meant(unknown[0], [*known, *ALIASES])
         raise UserError(
             f"no task {unknown[0]!r} on local files; {close}there is {', '.join(known)}; "
             "lm-eval's other tasks run without --data-dir, on the hub's data"
@@ -156,7 +156,7 @@ def _require_names(names: Sequence[str], *, local: bool) -> None:
     hub = set(hub_task_names())
     for name in unknown:
         if name not in hub:
-            close = nearest(name, [*known, *ALIASES, *sorted(hub)])
+            close = meant(name, [*known, *ALIASES, *sorted(hub)])
             raise UserError(f"no task {name!r}; {close}'lm_eval ls tasks' lists them all")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+
+from coreinfer.errors import meant
 
 
 @dataclass(frozen=True)
@@ -59,5 +60,4 @@ CATALOG: Mapping[str, WheelModel] = MappingProxyType({_SMOLLM2.name: _SMOLLM2})
 
 def nearest_names(name: str) -> str:
     """What a mistyped short name may have meant, for a message."""
-    close = difflib.get_close_matches(name.lower(), CATALOG, n=3, cutoff=0.4)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(CATALOG)}"
+    return f"{meant(name, CATALOG)}known are {', '.join(CATALOG)}"
