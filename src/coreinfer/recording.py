@@ -32,6 +32,7 @@ class RecordingPlan:
         alpha: of the token-wise counts; None records no counts.
         count_bos: let the beginning-of-sequence token count like any other.
         halves: keep the two halves of the prompt apart.
+        input_sums: sum the MLPs' inputs too.
         sample_tokens: tokens to keep for a stand-in at most; 0 keeps sums only, None nothing.
         calibration: whose predictions' residuals are summed; None sums none.
         observer: shown each layer's counted tokens, (layer, x [n, d], h [n, D]), a sequence at a
@@ -44,6 +45,7 @@ class RecordingPlan:
     alpha: float | None = None
     count_bos: bool = False
     halves: bool = False
+    input_sums: bool = False
     sample_tokens: int | None = None
     calibration: CalibrationStore | None = None
     observer: Callable[[int, Tensor, Tensor], None] | None = None
@@ -56,6 +58,7 @@ class RecordingPlan:
             alpha=selector.counting_alpha,
             count_bos=selector.count_bos,
             halves=selector.needs_halves,
+            input_sums=selector.needs_input_sums,
             sample_tokens=None if stand_in is None else stand_in.sample_tokens,
             calibration=selector.recorded_calibration,
         )
@@ -71,6 +74,7 @@ class RecordingPlan:
             other.alpha in (None, self.alpha)
             and other.count_bos == self.count_bos
             and (self.halves or not other.halves)
+            and (self.input_sums or not other.input_sums)
             and other.calibration in (None, self.calibration)
             and other.observer in (None, self.observer)
             and (
@@ -134,7 +138,7 @@ class PromptRecorder:
             self._add(self._parts[0].layers[layer], layer, x, h)
 
     def _add(self, statistics: LayerStatistics, layer: int, x: Tensor, h: Tensor) -> None:
-        statistics.update(x, h, self.plan.alpha)
+        statistics.update(x, h, self.plan.alpha, input_sum=self.plan.input_sums)
         if self.plan.calibration is not None and x.shape[0]:
             prediction = self.plan.calibration.predictions[layer]
             statistics.update_residual(prediction.residual(x, h))

@@ -11,11 +11,11 @@ from torch import Tensor
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.errors import UserError
 from coreinfer.recording import BatchWindows, PromptRecorder, RecordingPlan
-from coreinfer.selectors import Griffin, Impact, Random, Stability
+from coreinfer.selectors import Auto, Griffin, Impact, Random, Similarity, Stability
 from coreinfer.standins import Linear, Mean
 
 D, HIDDEN, BOS, PAD = 9, 4, 1, 0
-FULL = RecordingPlan(alpha=0.4, halves=True, sample_tokens=4)
+FULL = RecordingPlan(alpha=0.4, halves=True, input_sums=True, sample_tokens=4)
 
 
 def activations(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def test_the_bos_token_does_not_count() -> None:
 
 def test_the_bos_token_counts_if_the_plan_says_so() -> None:
     prompt = [BOS, 5, 6, 7]
-    recorder = record([prompt], RecordingPlan(alpha=0.4, count_bos=True))[0]
+    recorder = record([prompt], RecordingPlan(alpha=0.4, count_bos=True, input_sums=True))[0]
     assert_same(recorder.statistics()[0], expected(prompt, slice(None)))
 
 
@@ -162,6 +162,9 @@ def test_activations_that_are_not_finite_are_refused_with_their_layer(bad: float
 def test_a_plan_is_the_least_that_a_rule_needs() -> None:
     assert RecordingPlan.of(Stability(alpha=0.3)) == RecordingPlan(alpha=0.3)
     assert RecordingPlan.of(Impact()) == RecordingPlan()
+    assert not Impact.needs_input_sums
+    assert Similarity.needs_input_sums
+    assert Auto.needs_input_sums
     assert RecordingPlan.of(Griffin(count_bos=True)) == RecordingPlan(count_bos=True)
     assert RecordingPlan.of(Random(), Mean()) == RecordingPlan(sample_tokens=0)
     assert RecordingPlan.of(Random(), Linear(sample_tokens=7)) == RecordingPlan(sample_tokens=7)
@@ -172,6 +175,7 @@ PLANS = st.builds(
     alpha=st.sampled_from([None, 0.2, 0.4]),
     count_bos=st.booleans(),
     halves=st.booleans(),
+    input_sums=st.booleans(),
     sample_tokens=st.sampled_from([None, 0, 5, 9]),
 )
 
@@ -184,6 +188,7 @@ def test_a_plan_covers_another_if_it_records_all_that_one_needs(
         other.alpha is None or plan.alpha == other.alpha,
         plan.count_bos == other.count_bos,
         plan.halves >= other.halves,
+        plan.input_sums >= other.input_sums,
         (-1 if plan.sample_tokens is None else plan.sample_tokens)
         >= (-1 if other.sample_tokens is None else other.sample_tokens),
     ]

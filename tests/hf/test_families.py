@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,7 +122,8 @@ def test_statistics_are_those_of_a_hook(family: str, count_bos: bool) -> None:
     model = make(family, {})
     prompt = [BOS, *PROMPT]
     selector = Stability(alpha=0.3, count_bos=count_bos)
-    session = HfBackend(model, tiny_tokenizer(), "t").start(RecordingPlan.of(selector))
+    plan = replace(RecordingPlan.of(selector), input_sums=True)
+    session = HfBackend(model, tiny_tokenizer(), "t").start(plan)
     session.prefill([prompt])
     layers = session.evidence()[0].layers
     for stats, (x, h) in zip(layers, activations(model, prompt), strict=True):

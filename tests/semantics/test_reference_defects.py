@@ -29,7 +29,7 @@ def ids(encoder: Encoder) -> str:
 
 
 def read(backend: Backend, text: str, alpha: float = 0.4) -> Evidence:
-    session = backend.start(RecordingPlan(alpha=alpha))
+    session = backend.start(RecordingPlan(alpha=alpha, input_sums=True))
     session.prefill([backend.tokenizer(text).input_ids], [text])
     return session.evidence()[0]
 

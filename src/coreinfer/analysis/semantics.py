@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import ClassVar
 
@@ -54,7 +55,7 @@ class Semantics:
             rule: materials.setting(rule, dense_layers=()).selector
             for rule in ("stability", "impact")
         }
-        plan = RecordingPlan.of(rules["stability"])
+        plan = replace(RecordingPlan.of(rules["stability"]), input_sums=True)
         evidence: list[Evidence] = []
         sets: dict[str, list[CoreSet]] = {rule: [] for rule in rules}
         for batch in in_batches(prompts, s.batch_size):

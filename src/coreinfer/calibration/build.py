@@ -257,7 +257,7 @@ class _Build:
         def observe(layer: int, x: Tensor, h: Tensor) -> None:
             sums[layer].add(x, h)
 
-        plan = RecordingPlan(alpha=self._settings.alpha, observer=observe)
+        plan = RecordingPlan(alpha=self._settings.alpha, input_sums=True, observer=observe)
         with self._bar("summing", state["documents"]) as bar:
             for batch in islice(self._batches(), state["batches"], None):
                 for layers in self._prefill(batch, plan):

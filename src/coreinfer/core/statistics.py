@@ -76,7 +76,7 @@ class LayerStatistics:
             [D] float64.
         square_sum: sum of h^2; [D] float64.
         unit_square_sum: sum of (h / |h|_2)^2, as in GRIFFIN (arXiv 2404.01365); [D] float64.
-        input_sum: sum of the MLP's input x; [d] float64.
+        input_sum: sum of the MLP's input x, where it was asked for; [d] float64.
         tokens: number of tokens summed over.
         residual_sum: sum of (h - its prediction from x)^2; [D] float64; None unless recorded.
     """
@@ -106,7 +106,7 @@ class LayerStatistics:
     def num_neurons(self) -> int:
         return self.counts.numel()
 
-    def update(self, x: Tensor, h: Tensor, alpha: float | None) -> None:
+    def update(self, x: Tensor, h: Tensor, alpha: float | None, *, input_sum: bool = True) -> None:
         """Add tokens.
 
         Args:
@@ -114,6 +114,7 @@ class LayerStatistics:
             h: its intermediate activations, shape [T, D].
             alpha: fraction for `counts`; None leaves them and their tie-break alone, which cost
                 more than all other sums together.
+            input_sum: whether x is summed.
         """
         if h.shape[0] == 0:
             return
@@ -125,7 +126,8 @@ class LayerStatistics:
         if sums.counts is not None and sums.positive_sum is not None:
             self.counts = _add(self.counts, sums.counts)
             self.positive_sum = _add(self.positive_sum, sums.positive_sum)
-        self.input_sum = _add(self.input_sum, column_sum(x.detach()))
+        if input_sum:
+            self.input_sum = _add(self.input_sum, column_sum(x.detach()))
         self.tokens += h.shape[0]
 
     def update_residual(self, residual: Tensor) -> None:

@@ -190,6 +190,7 @@ def widest(settings: Iterable[Setting]) -> RecordingPlan:
         alpha=next(iter(alphas), None),
         count_bos=plans[0].count_bos,
         halves=any(plan.halves for plan in plans),
+        input_sums=any(plan.input_sums for plan in plans),
         sample_tokens=max(samples, default=None),
         calibration=next(iter(calibrations), None),
     )

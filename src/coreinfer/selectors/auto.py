@@ -53,6 +53,7 @@ class Auto(Selector):
     name: ClassVar[str] = "auto"
     needs_counts: ClassVar[bool] = True
     needs_halves: ClassVar[bool] = True
+    needs_input_sums: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -59,6 +59,7 @@ class Selector(ABC):
     keep_name: ClassVar[str] = "beta"  # the field that says how much is kept
     needs_counts: ClassVar[bool] = False
     needs_halves: ClassVar[bool] = False
+    needs_input_sums: ClassVar[bool] = False
     needs_future: ClassVar[bool] = False
     needs_column_norms: ClassVar[bool] = False
 

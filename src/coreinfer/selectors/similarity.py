@@ -33,6 +33,7 @@ class Similarity(Selector):
 
     name: ClassVar[str] = "similarity"
     keep_name: ClassVar[str] = "gamma"
+    needs_input_sums: ClassVar[bool] = True  # what an encoder may compare
 
     def __post_init__(self) -> None:
         super().__post_init__()

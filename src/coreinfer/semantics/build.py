@@ -229,7 +229,9 @@ class _Build:
         return _Read(vectors.view(shape), state["cut"])
 
     def _embed_from(self, state: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-        plan = RecordingPlan(alpha=self.alpha if self.encoder.needs_counts else None)
+        plan = RecordingPlan(
+            alpha=self.alpha if self.encoder.needs_counts else None, input_sums=True
+        )
         batches = islice(self.reader.batches(), state["batches"], None)
         with (
             self.work.append_vectors(4 * state["documents"] * state["size"]) as file,
@@ -289,7 +291,7 @@ class _Build:
                 clusters = list(islice(labels, len(batch)))
                 if number <= batches:
                     continue
-                evidence = self._prefill(batch, RecordingPlan(alpha=self.alpha))
+                evidence = self._prefill(batch, RecordingPlan(alpha=self.alpha, input_sums=True))
                 if totals is None:
                     totals = _Totals.zeros(clustering.centroids.shape[0], evidence[0].layers)
                 for cluster, one in zip(clusters, evidence, strict=False):
