@@ -73,10 +73,8 @@ class Ahead:
             h W_down^T [N, d] float32, where the layer was multiplied in parts.
         """
         own = self._recorder.layer_statistics(layer)
-        if (
-            self._layers != layer or not own.is_finite
-        ):  # asking for a choice then says what is wrong
-            return None
+        if self._layers != layer or not own.is_finite:
+            return None  # asking for a choice then says what is wrong
         self._layers += 1
         selector, stand_in = self.intent.selector, self.intent.stand_in
         size = own.num_neurons
