@@ -36,6 +36,7 @@ typename S::F some_halves(const uint8_t* from, int64_t i, int64_t count) {
   return S::load_half(halves);
 }
 
+// All of them as floats.
 template <class S>
 void read_halves(const uint8_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += kTile) S::store(to + i, some_halves<S>(from, i, count));
@@ -49,22 +50,24 @@ inline int64_t record_bytes(const CiMatrix& matrix) {
   return q + n / matrix.group_size * scales_per_group(matrix.dtype) * 2;
 }
 
+// Sixteen bfloat16 of a record, with zeros behind the last of `count`.
+template <class S>
+typename S::F some_bfloat16(const uint8_t* record, int64_t i, int64_t count) {
+  const auto* from = reinterpret_cast<const uint16_t*>(record) + i;
+  if (i + kTile <= count) return S::load_bfloat16(from);
+  uint16_t last[kTile] = {};
+  std::memcpy(last, from, static_cast<size_t>(2 * (count - i)));
+  return S::load_bfloat16(last);
+}
+
 // Calls visit(tile, its sixteen weights) for some tiles of a record. `numbers` is memory for scales
 // and minima.
 template <class S, class Visit>
 void read_record(const CiMatrix& matrix, const uint8_t* record, Range tiles, float* numbers,
                  const Visit& visit) {
   if (matrix.dtype == CI_BFLOAT16) {
-    const auto* weights = reinterpret_cast<const uint16_t*>(record);
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      uint16_t last[kTile] = {};
-      const uint16_t* from = weights + kTile * t;
-      if (kTile * (t + 1) > matrix.rows) {
-        std::memcpy(last, from, static_cast<size_t>(2 * (matrix.rows - kTile * t)));
-        from = last;
-      }
-      visit(t, S::load_bfloat16(from));
-    }
+    for (int64_t t = tiles.begin; t < tiles.end; ++t)
+      visit(t, some_bfloat16<S>(record, kTile * t, matrix.rows));
     return;
   }
   const int64_t groups = matrix.rows / matrix.group_size;
@@ -191,17 +194,9 @@ void add_records(const CiMatrix& matrix, const uint8_t* const* records, const fl
   using F = typename S::F;
   if (matrix.dtype == CI_BFLOAT16) {
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      const int64_t left = matrix.rows - kTile * t;
       F sum = S::load(y + kTile * t);
-      for (int k = 0; k < kCount; ++k) {
-        uint16_t last[kTile] = {};
-        const auto* from = reinterpret_cast<const uint16_t*>(records[k]) + kTile * t;
-        if (left < kTile) {
-          std::memcpy(last, from, static_cast<size_t>(2 * left));
-          from = last;
-        }
-        sum = S::fma(S::load_bfloat16(from), S::set(factors[k]), sum);
-      }
+      for (int k = 0; k < kCount; ++k)
+        sum = S::fma(some_bfloat16<S>(records[k], kTile * t, matrix.rows), S::set(factors[k]), sum);
       S::store(y + kTile * t, sum);
     }
     return;

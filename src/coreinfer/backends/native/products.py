@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -80,13 +80,13 @@ class Products:
         """
         index, sizes = torch.cat(list(parts)), [len(part) for part in parts]
         moved = h.index_select(1, index)
-        for dtype in (self._dtype, torch.float32):
+
+        def multiply(dtype: torch.dtype) -> list[Tensor]:
             weights = self._weights(records, size, dtype, index.int()).split(sizes)
             pieces = moved.to(dtype).split(sizes, dim=1)
-            found = [(a @ w).float() for a, w in zip(pieces, weights, strict=True)]
-            if dtype is not torch.float16 or all(bool(y.sum().isfinite()) for y in found):
-                break
-        return found
+            return [(a @ w).float() for a, w in zip(pieces, weights, strict=True)]
+
+        return self._finite(multiply)
 
     def _product(
         self,
@@ -97,13 +97,20 @@ class Products:
         transposed: bool,
         index: Tensor | None = None,
     ) -> Tensor:
-        for dtype in (self._dtype, torch.float32):
+        def multiply(dtype: torch.dtype) -> list[Tensor]:
             weights = self._weights(records, columns, dtype, index)
-            y = (x.to(dtype) @ (weights.t() if transposed else weights)).float()
-            # A sum is cheaper to look at than every number, and as infinite as any of them.
-            if dtype is not torch.float16 or bool(y.sum().isfinite()):
-                break
+            return [(x.to(dtype) @ (weights.t() if transposed else weights)).float()]
+
+        (y,) = self._finite(multiply)
         return y
+
+    def _finite(self, multiply: Callable[[torch.dtype], list[Tensor]]) -> list[Tensor]:
+        """The products in this dtype, or in float32 where float16 overflows."""
+        found = multiply(self._dtype)
+        # A sum is cheaper to look at than every number, and as infinite as any of them.
+        if self._dtype is torch.float16 and not all(bool(y.sum().isfinite()) for y in found):
+            return multiply(torch.float32)
+        return found
 
     def _weights(
         self, records: Tensor, columns: int, dtype: torch.dtype, index: Tensor | None
