@@ -12,7 +12,7 @@ import pytest
 
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.config import tomllib
-from coreinfer.tuning.pools import Worker
+from coreinfer.tuning.work import Measure, Weigh
 from tests.calibration.stores import build
 from tests.cli.conftest import Cli, refusal
 from tests.interrupting import interrupt
@@ -24,7 +24,7 @@ TEXT = "".join(
 )
 SMALL = (
     "--backend", "hf", "--prompt-tokens", 24, "--continuation-tokens", 6, "--search-prompts", 2,
-    "--report-prompts", 3, "--trials", 12, "--rounds", 1,
+    "--report-prompts", 3, "--trials", 12, "--steps", 2, "--descent-prompts", 6,
 )  # fmt: skip
 
 
@@ -135,9 +135,9 @@ def test_an_interrupted_search_goes_on(
     asked = ("tune", "--model", model_dir, "--prompts", text, "--bytes", 0.6, *SMALL, "--jobs", 1,
              "--json", "--out")  # fmt: skip
     whole = cli(*asked, tmp_path / "whole.toml")
-    for after in (1, 4):
+    for task, after in ((Measure, 1), (Measure, 4), (Weigh, 1)):
         with monkeypatch.context() as patch:
-            interrupt(patch, Worker, "measure", after)
+            interrupt(patch, task, "run", after)
             assert cli(*asked, tmp_path / "cut.toml").code == 130
         assert not (tmp_path / "cut.toml").exists()
     rest = cli(*asked, tmp_path / "cut.toml")
@@ -152,9 +152,9 @@ def test_prompts_of_a_jsonl_file(cli: Cli, model_dir: Path, tmp_path: Path) -> N
     )
     done = cli(
         "tune", "--model", model_dir, "--prompts", prompts, "--bytes", 0.7, *SMALL, "--jobs", 1,
-        "--out", tmp_path / "t.toml", "--rounds", 0,
+        "--out", tmp_path / "t.toml", "--steps", 0,
     )  # fmt: skip
-    assert done.code == 0, done.err  # what comes after as many prompts as are asked for is not read
+    assert done.code == 0, done.err  # what follows the prompts that are asked for is not read
     assert "on 2 prompts searched with" in done.out
     assert "on 3 others" in done.out
 
@@ -178,7 +178,8 @@ def test_mistakes_are_a_line(
     )
     assert "--page is a .html file" in refusal(cli(*seven, "--page", tmp_path / "p.pdf"))
     assert "trials must be at least 1" in refusal(cli(*seven, "--trials", 0))
-    assert "rounds must be at least 0" in refusal(cli(*seven, "--rounds", -1))
+    assert "steps must be at least 0" in refusal(cli(*seven, "--steps", -1))
+    assert "descent must be at least 1" in refusal(cli(*seven, "--descent-prompts", 0))
     assert "search must be at least 1" in refusal(cli(*seven, "--search-prompts", 0))
     assert "jobs must be at least 1" in refusal(cli(*seven, *SMALL, "--jobs", 0))
     assert "threads must be at least 1" in refusal(cli(*seven, "--threads", 0))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import exp
+from typing import Any
 
+from coreinfer.backends.hf.worth import Worth
 from coreinfer.core.measures import ReadCost
 from coreinfer.evaluation.continuations import Quality, Window
 from coreinfer.journal import Journal
 from coreinfer.tuning.candidate import Candidate, Stores
 from coreinfer.tuning.objective import Objective
-from coreinfer.tuning.pools import DENSE, Result, Task
 from coreinfer.tuning.prices import Prices
+from coreinfer.tuning.work import DENSE, Measure, Weigh
 
 NEURONS = 200
 LAYERS = 8
@@ -40,6 +43,30 @@ def quality_of(loss: float, read: int, windows: Sequence[Window]) -> Quality:
     )
 
 
+def qualities_of(task: Measure) -> dict[str, Quality]:
+    results = {DENSE: quality_of(0.0, COST.dense, task.windows)}
+    for key in task.keys:
+        candidate = Candidate.of_key(key)
+        stand_in = PRICES.stand_in(candidate.stand_in, candidate.fit)
+        read = COST.shared + PRICES.read(candidate.keeps, stand_in)
+        results[key] = quality_of(loss_of(candidate), read, task.windows)
+    return results
+
+
+def worths_of(task: Weigh) -> Worth:
+    """The slope of the formula from one candidate to the other, which differs by prompt."""
+    now, more = Candidate.of_key(task.now), Candidate.of_key(task.more)
+    loss = loss_of(now)
+    found: list[float | None] = []
+    for layer, (keep, larger) in enumerate(zip(now.keeps, more.keeps, strict=True)):
+        keeps = tuple(larger if n == layer else k for n, k in enumerate(now.keeps))
+        fallen = loss - loss_of(replace(now, keeps=keeps))
+        noise = 1 + 0.3 * (-1) ** (layer + len(task.windows[0].prompt))
+        added = round(larger * NEURONS) - round(keep * NEURONS)
+        found.append(noise * fallen / added if added else None)
+    return Worth(loss, found)
+
+
 class Formula:
     """A pool that computes the formula, and counts; it is cut off after some tasks."""
 
@@ -48,20 +75,14 @@ class Formula:
         self.done = 0
         self._left = tasks
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+    def map(self, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         for position, task in reversed(
             list(enumerate(tasks))
         ):  # in no order that is to be relied on
             if self._left is not None and self.done >= self._left:
                 raise KeyboardInterrupt
             self.done += 1
-            results = {DENSE: quality_of(0.0, COST.dense, task.windows)}
-            for key in task.keys:
-                candidate = Candidate.of_key(key)
-                stand_in = PRICES.stand_in(candidate.stand_in, candidate.fit)
-                read = COST.shared + PRICES.read(candidate.keeps, stand_in)
-                results[key] = quality_of(loss_of(candidate), read, task.windows)
-            yield position, results
+            yield position, worths_of(task) if isinstance(task, Weigh) else qualities_of(task)
 
     def close(self) -> None: ...
 
@@ -72,6 +93,7 @@ def window(size: int) -> Window:
 
 def objective(pool: Formula, journal: Journal | None = None) -> Objective:
     search = [window(i % 3 + 1) for i in range(6)]
-    parts = {"search": search, "report": [window(2)] * 5, "profile": search[:4]}
+    many = [window(i % 3 + 1) for i in range(20)]
+    parts = {"search": search, "report": [window(2)] * 5, "profile": search[:4], "descent": many}
     known = Journal() if journal is None else journal
     return Objective(pool, parts, known, Stores(), about={"model": "m"})

@@ -104,8 +104,7 @@ def test_what_is_worth_more_gets_more() -> None:
 def test_weights_move_bytes() -> None:
     made = planner([100] * 4, [1.0] * 4)
     before = made.candidate(Design("impact", profile=Profile(spread=1.0)), 0.6).keeps
-    profile = Profile(spread=1.0).moved([2], 0.5, 4)
-    assert profile.weights == (0.0, 0.0, 0.5, 0.0)
+    profile = Profile(spread=1.0, weights=(0.0, 0.0, 0.5, 0.0))
     after = made.candidate(Design("impact", profile=profile), 0.6).keeps
     assert after[2] > before[2]
     assert all(after[i] <= before[i] + 0.01 for i in (0, 1, 3))

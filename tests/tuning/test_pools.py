@@ -22,19 +22,22 @@ from coreinfer.tuning.pools import (
     InProcess,
     Pool,
     Processes,
-    Task,
-    WorkerSpec,
 )
 from coreinfer.tuning.ray_cluster import JOIN_SECONDS, RayCluster, require_ray
+from coreinfer.tuning.work import Measure, Task, Weigh, WorkerSpec
 from tests.tiny import tiny_model, tiny_tokenizer
 
 KEYS = [
     Candidate("impact", (0.5, 0.25, 1.0), {}, "linear", {"rank": 2, "ridge": 0.3}).key,
     Candidate("griffin", (0.5,) * 3).key,
 ]
-TASKS = [
-    Task([Window([5 * i + j for j in range(9)], [3, 1, 4, 1, 5], "x")], keys)
-    for i, keys in enumerate([KEYS, KEYS[:1], KEYS[1:]])
+WIDER = Candidate("impact", (0.6, 0.4, 1.0), {}, "linear", {"rank": 2, "ridge": 0.3}).key
+WINDOWS = [[Window([5 * i + j for j in range(9)], [3, 1, 4, 1, 5], "x")] for i in range(3)]
+TASKS: list[Task[Any]] = [
+    Measure(WINDOWS[0], KEYS),
+    Measure(WINDOWS[1], KEYS[:1]),
+    Measure(WINDOWS[2], KEYS[1:]),
+    Weigh(WINDOWS[0], KEYS[0], WIDER),
 ]
 
 
@@ -49,15 +52,30 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> WorkerSpec:
 @pytest.fixture(scope="module")
 def expected(spec: WorkerSpec) -> dict[int, Any]:
     backend = load(spec.model, backend="hf", threads=1).backend
-    return dict(InProcess(backend, Stores()).map(TASKS))
+    return dict(InProcess(backend, Stores(), spec).map(TASKS))
 
 
 def test_a_task_measures_its_candidates_and_dense_decoding(expected: dict[int, Any]) -> None:
-    assert sorted(expected) == [0, 1, 2]
+    assert sorted(expected) == [0, 1, 2, 3]
     assert set(expected[0]) == {"dense", *KEYS}
     assert set(expected[1]) == {"dense", KEYS[0]}
     assert expected[0]["dense"].kl == [0.0]
     assert expected[0][KEYS[0]].kl[0] > 0
+
+
+def test_what_more_neurons_are_worth(expected: dict[int, Any]) -> None:
+    first, second, dense = expected[3].per_neuron
+    assert first != 0
+    assert second != 0
+    assert dense is None
+    assert expected[3].loss == pytest.approx(expected[0][KEYS[0]].kl[0], rel=1e-4)
+
+
+def test_native_work_is_weighed_on_hf(spec: WorkerSpec, expected: dict[int, Any]) -> None:
+    pool = InProcess(load(spec.model, backend="native", threads=1).backend, Stores(), spec)
+    found = dict(pool.map([TASKS[0], TASKS[3]]))
+    assert found[1] == expected[3]
+    assert found[0][KEYS[0]].kl[0] == pytest.approx(expected[0][KEYS[0]].kl[0], rel=0.1)
 
 
 def test_processes_give_the_same(spec: WorkerSpec, expected: dict[int, Any]) -> None:
@@ -159,7 +177,7 @@ def test_ray_gives_the_same(
 def test_a_worker_does_not_outlive_who_started_it() -> None:
     script = (
         "from multiprocessing import get_context\n"
-        "from coreinfer.tuning.pools import end_with_parent\n"
+        "from coreinfer.tuning.work import end_with_parent\n"
         "child = get_context('spawn').Process(target=end_with_parent)\n"
         "child.start()\n"
         "print(child.pid, flush=True)\n"

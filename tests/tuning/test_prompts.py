@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,21 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 def test_a_text_is_cut_in_halves(backend: HfBackend, tmp_path: Path) -> None:
     first = "".join(f"first half {i}. " for i in range(20))
-    second = "".join(f"SECOND HALF {i}. " for i in range(20))
+    second = "".join(f"SECOND HALF {i}. " for i in range(18))
     (tmp_path / "t.txt").write_text(f"{first}\n{second}")
     split = read_split(backend, tmp_path / "t.txt", SMALL, skip)
     assert (len(split.search), len(split.report)) == (3, 2)
     assert all(window.text in first for window in split.search)
     assert all(window.text in second for window in split.report)
-    for window in split.search + split.report:
+    for window in split.search + split.report + split.descent:
         assert (len(window.prompt), len(window.continuation)) == (10, 4)
+    # As many as there is room for, none of them to be reported on, and not in the text's order.
+    assert len(split.descent) == len(first) // 14
+    assert all(window.text in first for window in split.descent)
+    starts = [first.index(window.text) for window in split.descent]
+    assert starts != sorted(starts)
+    few = read_split(backend, tmp_path / "t.txt", replace(SMALL, descent=4), skip)
+    assert len(few.descent) == 4
 
 
 def test_prompts_go_to_the_parts_by_turns_each_once(backend: HfBackend, tmp_path: Path) -> None:
@@ -47,6 +55,7 @@ def test_prompts_go_to_the_parts_by_turns_each_once(backend: HfBackend, tmp_path
     split = read_split(backend, write(tmp_path / "p.jsonl", rows), SMALL, skip)
     assert [window.text for window in split.search] == ["prompt 0", "prompt 2", "prompt 4"]
     assert [window.text for window in split.report] == ["prompt 1", "prompt 3"]
+    assert [window.text for window in split.descent] == [f"prompt {i}" for i in (0, 2, 4, 6)]
     assert split.search[1].continuation == backend.tokenizer("answ").input_ids  # 4 at most
 
 
@@ -103,6 +112,7 @@ def test_what_cannot_be_split_says_so(backend: HfBackend, tmp_path: Path) -> Non
     ("change", "problem"),
     [
         ({"search": 0}, "search must be at least 1, got 0"),
+        ({"descent": 0}, "descent must be at least 1"),
         ({"report": -1}, "report must be at least 1"),
         ({"prompt_tokens": 0}, "prompt tokens must be at least 1"),
         ({"continuation_tokens": 1}, "continuation tokens must be at least 2"),

@@ -69,12 +69,17 @@ def add_parser(verbs: Any) -> None:
         help="settings that the search measures, from 1 (default: 64)",
     )  # fmt: skip
     effort.add_argument(
-        "--rounds", type=whole, default=3, metavar="N",
-        help="of moving bytes between layers after it, from 0 (default: 3)",
+        "--steps", type=whole, default=40, metavar="N",
+        help="of moving bytes to the layers where they are worth most after it, from 0; the model "
+        "is loaded on the hf backend for them (default: 40)",
     )  # fmt: skip
     effort.add_argument(
         "--search-prompts", type=whole, default=16, metavar="N",
         help="prompts to search with at most, from 1 (default: 16)",
+    )  # fmt: skip
+    effort.add_argument(
+        "--descent-prompts", type=whole, default=160, metavar="N",
+        help="prompts for those steps, at most, from 1; not among those reported on (default: 160)",
     )  # fmt: skip
     effort.add_argument(
         "--report-prompts", type=whole, default=40, metavar="N",
@@ -124,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.journal import Journal
     from coreinfer.tuning.candidate import Stores
     from coreinfer.tuning.goal import Goal
-    from coreinfer.tuning.objective import WINDOWS_A_TASK, Objective
+    from coreinfer.tuning.objective import WINDOWS_A_STEP, WINDOWS_A_TASK, Objective
     from coreinfer.tuning.prices import Prices
     from coreinfer.tuning.prompts import Amount, read_split
     from coreinfer.tuning.ray_cluster import require_ray
@@ -132,13 +137,14 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.tuning.study import require_optuna
 
     goal = Goal.of_bytes(args.bytes) if args.budget is None else Goal.of_budget(args.budget)
-    effort = Effort(args.trials, args.rounds, args.seed)
+    effort = Effort(args.trials, args.steps, args.seed)
     amount = Amount(
-        args.search_prompts,
-        args.report_prompts,
-        args.prompt_tokens,
-        args.continuation_tokens,
-        args.raw,
+        search=args.search_prompts,
+        report=args.report_prompts,
+        descent=min(args.descent_prompts, args.steps * WINDOWS_A_STEP or 1),
+        prompt_tokens=args.prompt_tokens,
+        continuation_tokens=args.continuation_tokens,
+        raw=args.raw,
     )
     require_optuna()
     _require_places(args)
@@ -157,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
     parts = {
         "search": split.search,
         "report": split.report,
+        "descent": split.descent,
         "profile": split.search[:WINDOWS_A_TASK],
     }
     prices = Prices.of(llm.backend, split.search[0])
@@ -210,8 +217,9 @@ def _require_places(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _pool(args: argparse.Namespace, llm: LLM, stores: Stores) -> Iterator[Pool]:
-    from coreinfer.tuning.pools import InProcess, Processes, WorkerSpec, default_jobs
+    from coreinfer.tuning.pools import InProcess, Processes, default_jobs
     from coreinfer.tuning.ray_cluster import RayCluster
+    from coreinfer.tuning.work import WorkerSpec
 
     spec = WorkerSpec(
         args.model, llm.backend.name, args.dtype, args.device, args.threads, dict(stores.paths)
@@ -221,7 +229,7 @@ def _pool(args: argparse.Namespace, llm: LLM, stores: Stores) -> Iterator[Pool]:
         pool = RayCluster(spec, args.ray, args.jobs)
     else:
         jobs = args.jobs or default_jobs(llm.backend.cost.dense, args.threads)
-        pool = InProcess(llm.backend, stores) if jobs == 1 else Processes(spec, jobs)
+        pool = InProcess(llm.backend, stores, spec) if jobs == 1 else Processes(spec, jobs)
     try:
         yield pool
     finally:

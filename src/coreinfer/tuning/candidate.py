@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,12 @@ class Candidate:
         words = [self.selector, *(f"{name} {value:g}" for name, value in self.rule.items())]
         words += [self.stand_in, *(f"{name} {value:g}" for name, value in self.fit.items())]
         return " ".join(word.replace("_", " ") for word in words)
+
+    def widened(self, by: float, num_neurons: Sequence[int]) -> Candidate:
+        """With so much more kept in each layer that is not dense, but never all of it."""
+        sizes = zip(self.keeps, num_neurons, strict=True)
+        keeps = tuple(k if k == 1.0 else max(k, min(k + by, 1 - 1 / n)) for k, n in sizes)
+        return replace(self, keeps=keeps)
 
     def setting(self, stores: Stores) -> Setting:
         """What it is for `measure`.

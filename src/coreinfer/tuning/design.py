@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import exp
 from typing import Any
 
@@ -49,13 +49,6 @@ class Profile:
         x = 2 * layer / (layers - 1) - 1 if layers > 1 else 0.0
         own = self.weights[layer] if self.weights else 0.0
         return self.slope * x + self.bend * (x * x - 1 / 3) + own
-
-    def moved(self, layers: Sequence[int], by: float, of: int) -> Profile:
-        """With the log-weight of some of `of` layers changed."""
-        weights = list(self.weights or (0.0,) * of)
-        for layer in layers:
-            weights[layer] += by
-        return replace(self, weights=tuple(weights))
 
 
 @dataclass(frozen=True)

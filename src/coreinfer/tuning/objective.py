@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -13,10 +14,13 @@ from coreinfer.evaluation.continuations import Quality, Window
 from coreinfer.journal import Journal, key_of
 from coreinfer.recording import RecordingPlan
 from coreinfer.tuning.candidate import Candidate, Stores
-from coreinfer.tuning.pools import DENSE, Pool, Task
+from coreinfer.tuning.pools import Pool
+from coreinfer.tuning.work import DENSE, Measure, Weigh
 
 WINDOWS_A_TASK = 4  # prefilled together: the same whatever the workers, so that results are
 SETTINGS_A_TASK = 4  # measured on them at most: what Ctrl-C may cost, against prefilling anew
+BATCHES_A_STEP = 2  # that a step of the budgets' descent follows from
+WINDOWS_A_STEP = BATCHES_A_STEP * WINDOWS_A_TASK
 
 
 class Objective:
@@ -79,13 +83,36 @@ class Objective:
             for name, batch, keys in work
             for piece in _split(keys, max(least, -(-len(keys) // SETTINGS_A_TASK)))
         ]
-        tasks = [Task(batch, keys) for _, batch, keys in work]
+        tasks = [Measure(batch, keys) for _, batch, keys in work]
         # disable=None: where nobody watches, nothing is drawn.
         bar = tqdm(self._pool.map(tasks), what, len(tasks), leave=False, unit="task", disable=None)
         for position, result in bar:
             name = work[position][0]
             self._journal.add({self._key(name, key): asdict(one) for key, one in result.items()})
         return [self._joined(part, candidate.key) for candidate in candidates]
+
+    def worth(self, part: str, number: int, now: Candidate, more: Candidate) -> list[float | None]:
+        """What a neuron more is worth in each layer: nats a token, mean over some of a part.
+
+        Args:
+            part: its name.
+            number: of the step, from 0; each takes the next `BATCHES_A_STEP` batches, round and
+                round.
+            now, more: a candidate, and the same with more neurons in its layers.
+
+        Raises:
+            UserError: if a candidate does not fit the model, or the workers failed.
+        """
+        count = len(self._batches[part])
+        first = number * BATCHES_A_STEP
+        places = [place % count for place in range(first, first + min(BATCHES_A_STEP, count))]
+        keys = [key_of([self._names[part][i], now.key, more.key]) for i in places]
+        missing = [i for i, key in enumerate(keys) if key not in self._journal]
+        tasks = [Weigh(self._batches[part][places[i]], now.key, more.key) for i in missing]
+        for position, result in self._pool.map(tasks):
+            self._journal.add({keys[missing[position]]: asdict(result)})
+        rows = [self._journal[key]["per_neuron"] for key in keys]
+        return [_mean(column) for column in zip(*rows, strict=True)]
 
     def dense(self, part: str) -> Quality:
         """Dense decoding on a part, known once anything was measured on it."""
@@ -109,6 +136,12 @@ class Objective:
             group = groups.setdefault((plan.alpha, plan.halves, plan.count_bos), {})
             group[candidate.key] = None
         return [list(group) for group in groups.values()]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _split(keys: list[str], pieces: int) -> list[list[str]]:

@@ -1,104 +1,34 @@
-"""Where candidates are measured: in this process or in several."""
+"""Where the work is done: in this process or in several."""
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
-from multiprocessing import active_children, get_context, parent_process
-from typing import ClassVar, Protocol
+from multiprocessing import active_children, get_context
+from typing import Protocol
 
-from coreinfer.api import load
 from coreinfer.backends.base import Backend
 from coreinfer.backends.native.memory import available_memory
 from coreinfer.errors import UserError
-from coreinfer.evaluation.continuations import Quality, Window, measure
-from coreinfer.tuning.candidate import Candidate, Stores
+from coreinfer.tuning.candidate import Stores
+from coreinfer.tuning.work import Result, Task, Worker, WorkerSpec
 
-DENSE = "dense"  # the name of dense decoding among the results of `measure`
 PROCESS_BYTES = 2**30  # that a process takes beside its model
 
 
-@dataclass(frozen=True)
-class Task:
-    """Windows, prefilled as one batch, and the keys of the candidates to measure on them."""
-
-    windows: Sequence[Window]
-    keys: Sequence[str]
-
-
-Result = dict[str, Quality]  # by key, and dense decoding
-
-
 class Pool(Protocol):
-    """Measures tasks, some at a time; what comes out does not depend on how many."""
+    """Does tasks, some at a time; what comes out does not depend on how many."""
 
     @property
     def workers(self) -> int: ...
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+    def map(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
         """The results with the positions of their tasks, as they are done."""
         ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What another process needs to do the same as this one."""
-
-    model: str
-    backend: str
-    dtype: str | None = None
-    device: str | None = None
-    threads: int | None = None
-    stores: Mapping[str, str] = field(default_factory=dict)
-
-
-class Worker:
-    """A loaded model that measures tasks."""
-
-    current: ClassVar[Worker]  # of a process of its own
-
-    def __init__(self, backend: Backend, stores: Stores) -> None:
-        self._backend = backend
-        self._stores = stores
-
-    @classmethod
-    def of(cls, spec: WorkerSpec) -> Worker:
-        options = asdict(spec)
-        stores = Stores.open(options.pop("stores"))
-        return cls(load(options.pop("model"), **options).backend, stores)
-
-    def measure(self, task: Task) -> Result:
-        settings = {key: Candidate.of_key(key).setting(self._stores) for key in task.keys}
-        size = len(task.windows)
-        (results,) = measure(self._backend, task.windows, settings, batch_size=size)
-        return results
-
-    @classmethod
-    def start(cls, spec: WorkerSpec) -> None:
-        """In a new process: Ctrl-C is the first process's to deal with, and its end is ours."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=end_with_parent, daemon=True).start()
-        cls.current = cls.of(spec)
-
-    @classmethod
-    def run(cls, task: Task) -> Result:
-        return cls.current.measure(task)
-
-
-def end_with_parent() -> None:
-    """End this process when the one that started it is gone, killed perhaps: a worker that waits
-    for work would keep its model in memory for ever."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def default_jobs(model_bytes: int, threads: int) -> int:
@@ -118,12 +48,12 @@ class InProcess:
 
     workers = 1
 
-    def __init__(self, backend: Backend, stores: Stores) -> None:
-        self._worker = Worker(backend, stores)
+    def __init__(self, backend: Backend, stores: Stores, spec: WorkerSpec) -> None:
+        self._worker = Worker(backend, stores, spec)
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+    def map(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
         for position, task in enumerate(tasks):
-            yield position, self._worker.measure(task)
+            yield position, task.run(self._worker)
 
     def close(self) -> None:
         """There is nothing to let go of."""
@@ -139,7 +69,7 @@ class Processes:
             jobs, get_context("spawn"), initializer=Worker.start, initargs=(spec,)
         )
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+    def map(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
         try:
             waiting = {self._pool.submit(Worker.run, task): i for i, task in enumerate(tasks)}
             for done in as_completed(waiting):

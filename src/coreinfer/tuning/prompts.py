@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ class Amount:
 
     Attributes:
         search, report: prompts to search with and to report on, at most.
+        descent: prompts that the budgets of layers descend on, at most; they may be among those to
+            search with, never among those to report on.
         prompt_tokens: of each window of a text; prompts of a .jsonl file stay whole.
         continuation_tokens: that quality is measured on, at most; the first of them is the dense
             prefill's and does not count.
@@ -29,12 +32,19 @@ class Amount:
 
     search: int = 16
     report: int = 40
+    descent: int = 160
     prompt_tokens: int = 200
     continuation_tokens: int = 60
     raw: bool = False
 
     def __post_init__(self) -> None:
-        least = {"search": 1, "report": 1, "prompt_tokens": 1, "continuation_tokens": 2}
+        least = {
+            "search": 1,
+            "report": 1,
+            "descent": 1,
+            "prompt_tokens": 1,
+            "continuation_tokens": 2,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 what = name.replace("_", " ")
@@ -43,14 +53,15 @@ class Amount:
 
 @dataclass(frozen=True)
 class Split:
-    """Two lists of windows that share no prompt and no piece of text."""
+    """Lists of windows; those to report on share no prompt and no piece of text with the others."""
 
     search: list[Window]
     report: list[Window]
+    descent: list[Window]
 
 
 def read_split(backend: Backend, path: str | Path, amount: Amount, on_skip: OnSkip) -> Split:
-    """Prompts with what follows them, in two parts.
+    """Prompts with what follows them, in two parts: to report on, and the others.
 
     A `.jsonl` file has a prompt a line, {"prompt": ...}, and may have the "continuation" that
     quality is measured on; without one it is the model's own dense answer. Its prompts, each once,
@@ -65,26 +76,31 @@ def read_split(backend: Backend, path: str | Path, amount: Amount, on_skip: OnSk
     text = read_text(path)
     middle = len(text) // 2
     middle = text.find("\n", middle) + 1 or middle
-    parts = []
-    for what, piece in (("search", text[:middle]), ("report", text[middle:])):
+
+    def cut(what: str, piece: str, count: int) -> list[Window]:
         try:
-            parts.append(
-                windows(
-                    backend,
-                    piece,
-                    count=getattr(amount, what),
-                    prompt_tokens=amount.prompt_tokens,
-                    continuation_tokens=amount.continuation_tokens,
-                )
+            return windows(
+                backend,
+                piece,
+                count=count,
+                prompt_tokens=amount.prompt_tokens,
+                continuation_tokens=amount.continuation_tokens,
             )
         except UserError as error:
             raise UserError(f"{str(path)!r}, the half to {what} with: {error}") from None
-    return Split(*parts)
+
+    first, second = text[:middle], text[middle:]
+    tokens = len(backend.tokenizer(first, add_special_tokens=False, verbose=False).input_ids)
+    room = tokens // (amount.prompt_tokens + amount.continuation_tokens)
+    search = cut("search", first, amount.search)
+    descent = cut("search", first, max(min(amount.descent, room), 1))
+    random.Random(0).shuffle(descent)  # neighbours are alike: a step is to see different ones
+    return Split(search, cut("report", second, amount.report), descent)
 
 
 def _split_prompts(backend: Backend, path: str | Path, amount: Amount, on_skip: OnSkip) -> Split:
     given: dict[str, str | None] = {}
-    wanted = 2 * max(amount.search, amount.report)
+    wanted = 2 * max(amount.search, amount.report, amount.descent)
     for line, row in read_jsonl(path, ["prompt"], on_skip):
         continuation = row.get("continuation")
         if not row["prompt"].strip():
@@ -96,16 +112,15 @@ def _split_prompts(backend: Backend, path: str | Path, amount: Amount, on_skip: 
         if len(given) == wanted:
             break
     prompts = list(given.items())
-    parts = [
-        _with_continuations(backend, prompts[0::2][: amount.search], amount, on_skip),
-        _with_continuations(backend, prompts[1::2][: amount.report], amount, on_skip),
-    ]
-    if not all(parts):
+    others = prompts[0::2][: max(amount.search, amount.descent)]
+    learnt = _with_continuations(backend, others, amount, on_skip)
+    report = _with_continuations(backend, prompts[1::2][: amount.report], amount, on_skip)
+    if not learnt or not report:
         raise UserError(
             f"{str(path)!r} has {len(prompts)} different prompts with an answer of two tokens or "
             "more; at least 2 are needed, one to search with and one to report on"
         )
-    return Split(*parts)
+    return Split(learnt[: amount.search], report, learnt[: amount.descent])
 
 
 def _with_continuations(

@@ -1,4 +1,4 @@
-"""Measuring candidates on a Ray cluster."""
+"""A Ray cluster that does the work of tuning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from coreinfer.errors import UserError
-from coreinfer.tuning.pools import Result, Task, Worker, WorkerSpec
+from coreinfer.tuning.work import Result, Task, Worker, WorkerSpec
 
 CONNECT_SECONDS = 5
 JOIN_SECONDS = 60
@@ -33,7 +33,7 @@ class RayCluster:
         actor: Any = ray.remote(num_cpus=cpus)(RemoteWorker)
         self._actors = [actor.remote(spec) for _ in range(self.workers)]
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+    def map(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
         from ray.exceptions import RayError
 
         free, left = list(self._actors), list(enumerate(tasks))
@@ -42,7 +42,7 @@ class RayCluster:
             while left or running:
                 while free and left:
                     actor, (position, task) = free.pop(), left.pop(0)
-                    running[actor.measure.remote(task)] = (actor, position)
+                    running[actor.run.remote(task)] = (actor, position)
                 (done, *_), _rest = self._ray.wait(list(running))
                 actor, position = running.pop(done)
                 free.append(actor)
@@ -63,8 +63,8 @@ class RemoteWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._worker = Worker.of(spec)
 
-    def measure(self, task: Task) -> Result:
-        return self._worker.measure(task)
+    def run(self, task: Task[Result]) -> Result:
+        return task.run(self._worker)
 
 
 def require_ray(address: str) -> None:

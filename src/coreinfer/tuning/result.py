@@ -16,7 +16,7 @@ class Point:
     """A candidate that was measured.
 
     Attributes:
-        stage: at which it was tried: "one keep", "search", "refinement" or "other bytes".
+        stage: at which it was tried: "one keep", "search", "descent" or "other bytes".
         design: what it was made from.
         asked: the share of the dense MLPs' bytes that it was made for.
         candidate: it.

@@ -1,4 +1,4 @@
-"""From prompts and a goal to settings: search, refinement, report."""
+"""From prompts and a goal to settings: search, descent of the budgets, report."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from coreinfer.tuning.goal import Goal
 from coreinfer.tuning.objective import Objective
 from coreinfer.tuning.prices import Prices
 from coreinfer.tuning.profile import measured_errors
-from coreinfer.tuning.refine import refine
 from coreinfer.tuning.result import Outcome, Point
 from coreinfer.tuning.space import Space
 from coreinfer.tuning.study import front, search
-from coreinfer.tuning.tuner import REPORT, SEARCH, Tuner
+from coreinfer.tuning.tuner import DESCENT, REPORT, SEARCH, Tuner
 
 PROFILE = "profile"  # the part of the prompts that single layers are measured on
 ONE_KEEP = "best one keep"  # for all layers
@@ -33,17 +32,17 @@ class Effort:
 
     Attributes:
         trials: designs that the search measures.
-        rounds: of refinement.
+        steps: of the budgets' descent.
         seed: of the search.
     """
 
     trials: int = 64
-    rounds: int = 3
+    steps: int = 40
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_whole("trials", self.trials, 1)
-        require_whole("rounds", self.rounds, 0)
+        require_whole("steps", self.steps, 0)
         require_whole("seed", self.seed, 0, 2**32 - 1)
 
 
@@ -59,8 +58,9 @@ def tune(
     """Search for the settings that reach a goal.
 
     Args:
-        objective: measures candidates on the parts "search", "report" and "profile" (a few of the
-            first, to measure single layers on where no calibration store has done so).
+        objective: measures candidates on the parts "search", "report", "descent" (many, on which
+            budgets descend) and "profile" (a few, to measure single layers on where no calibration
+            store has done so).
         prices: of neurons and stand-ins.
         stores: that rules and stand-ins may use.
         goal: a limit of the loss, or of the bytes.
@@ -101,18 +101,15 @@ def tune(
         chosen = tuner.cheapest(_of_different_designs(kept, 3))
     share = chosen.asked
 
-    def losses(designs: Sequence[Design]) -> list[float | None]:
-        found = tuner.points([(design, share) for design in designs], "refinement")
-        on_progress(f"{len(tuner.tried)} settings tried; {_best(tuner)}")
-        return [None if one is None else one.loss.mean for one in found]
-
-    design = refine(chosen.design, layers, losses, effort.rounds)
-    (refined,) = tuner.points([(design, share)], "refinement")
-    assert refined is not None  # it was measured
-    chosen = refined
+    design = tuner.descended(chosen.design, share, effort.steps)
+    (descended,) = tuner.points([(design, share)], DESCENT)
+    if descended is not None and descended.loss.mean < chosen.loss.mean:
+        chosen = descended
     if goal.limit is not None and tuner.within([chosen]):
-        reached, chosen = True, tuner.cheapest([chosen])
+        chosen = tuner.cheapest([chosen])
     tuner.points([(chosen.design, share) for share in SHARES], "other bytes")
+    if goal.limit is not None and (kept := tuner.within(list(tuner.tried.values()))):
+        reached, chosen = True, kept[0]
     return _outcome(tuner, stores, reached, chosen, prompts, began)
 
 

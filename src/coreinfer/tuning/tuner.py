@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
+from tqdm import tqdm
+
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Quality
 from coreinfer.tuning.candidate import Candidate
+from coreinfer.tuning.descent import descend
 from coreinfer.tuning.design import Design, Planner
 from coreinfer.tuning.goal import Goal
 from coreinfer.tuning.objective import Objective
 from coreinfer.tuning.result import Point
 from coreinfer.tuning.space import LEAST_SHARE
 
-SEARCH, REPORT = "search", "report"  # parts of the prompts
+SEARCH, DESCENT, REPORT = "search", "descent", "report"  # parts of the prompts
+WIDER = 0.04  # of a layer's neurons: the next ones, whose worth is weighed
 STEPS = 8  # shares that are measured at a time, to find the least within a limit
 
 
@@ -70,6 +74,27 @@ class Tuner:
             self.goal.loss(quality, self.objective.dense(SEARCH)),
             quality={SEARCH: quality.summary()},
         )
+
+    def descended(self, design: Design, share: float, steps: int) -> Design:
+        """With the budgets that a byte is worth the same in, at this share of bytes."""
+        cost = self.planner.prices.cost
+
+        def worths(number: int, design: Design) -> list[float | None] | None:
+            now = self._candidate(design, share)
+            if now is None:
+                return None
+            more = now.widened(WIDER, cost.num_neurons)
+            if more == now:  # no layer has anything left to keep
+                return None
+            found = self.objective.worth(DESCENT, number, now, more)
+            bar.update()
+            return [
+                None if value is None else value / size
+                for value, size in zip(found, cost.per_neuron, strict=True)
+            ]
+
+        with tqdm(total=steps, desc=DESCENT, leave=False, unit="step", disable=None) as bar:
+            return descend(design, self.planner.num_layers, worths, steps)
 
     def reported(self, points: Sequence[Point]) -> list[Point]:
         """The same points with what they are on the prompts to report on."""

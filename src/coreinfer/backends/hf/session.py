@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from coreinfer.backends.base import Choice, Phase
 from coreinfer.backends.hf.choose import Anatomy, choose
 from coreinfer.backends.hf.compact import CompactMlp
-from coreinfer.backends.hf.switch import Observer, Switchboard
+from coreinfer.backends.hf.switch import Observer, SmallMlp, Switchboard
 from coreinfer.backends.recorded import Recorded
 from coreinfer.core.measures import ReadCost
 from coreinfer.errors import UserError
@@ -145,11 +145,27 @@ class HfSession:
         self._compact = chosen.compact
         return chosen.choices
 
+    @torch.no_grad()
     def decode(self, token_ids: Sequence[Sequence[int]], phase: Phase = Phase.DECODE) -> Tensor:
+        return self.decode_with(self._compact, token_ids)
+
+    def decode_with(
+        self, small: Mapping[int, SmallMlp], token_ids: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """As `decode`, through other MLPs than the selected ones; what is in them gets gradients.
+
+        Args:
+            small: by layer; the others are dense.
+        """
         ids, mask = _pad(token_ids, left=False)
         if ids.shape[1] == 0:
             return torch.empty(*ids.shape, self._backend.vocab_size)
-        return self._forward(ids, mask, phase, logits_to_keep=ids.shape[1])
+        return self._forward(ids, mask, small=small, logits_to_keep=ids.shape[1])
+
+    @property
+    def compact(self) -> Mapping[int, CompactMlp]:
+        """The layers that were made smaller by `select`."""
+        return self._compact
 
     def fork(self) -> HfSession:
         twin = copy.copy(self)
@@ -158,6 +174,7 @@ class HfSession:
         twin._recorded = self._recorded.fork()
         return twin
 
+    @torch.no_grad()
     def _record(
         self,
         token_ids: Sequence[Sequence[int]],
@@ -184,7 +201,7 @@ class HfSession:
                     columns = window.columns.to(h.device)
                     recorders[row].observe(layer, x[row, columns], h[row, columns], window)
 
-            logits = self._forward(chunk, real, Phase.PREFILL, observe=observe)
+            logits = self._forward(chunk, real, observe=observe)
         return logits[:, -1]
 
     def _require_window(self, mask: Tensor) -> None:
@@ -199,16 +216,16 @@ class HfSession:
                 "different lengths cannot be read in one batch; read the conversations one by one"
             )
 
-    @torch.no_grad()
     def _forward(
         self,
         ids: Tensor,
         mask: Tensor,
-        phase: Phase,
         *,
         observe: Observer | None = None,
+        small: Mapping[int, SmallMlp] | None = None,
         logits_to_keep: int = 1,
     ) -> Tensor:
+        """A pass: dense and observed, or through the MLPs in `small`; logits [B, T kept, V]."""
         before = self._mask.sum(dim=1, keepdim=True)
         self._mask = torch.cat([self._mask, mask], dim=1)
         device = self._backend.model.device
@@ -224,10 +241,10 @@ class HfSession:
         if self._backend.keeps_logits:
             arguments["logits_to_keep"] = logits_to_keep
         with self._board.installed() as board:
-            if phase is Phase.PREFILL:
+            if small is None:
                 board.observe(observe)
             else:
-                board.compute_with(self._compact)
+                board.compute_with(small)
             logits = self._backend.model(**arguments).logits
         assert isinstance(logits, Tensor)
         return logits.cpu()

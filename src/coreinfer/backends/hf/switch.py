@@ -9,15 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from coreinfer.backends.hf.compact import CompactMlp
 from coreinfer.models.mlp import MlpLayer
 
 # (layer index, x, h): the MLP's input and activations, [B, T, .] or flattened to [B * T, .]
 Observer = Callable[[int, Tensor, Tensor], None]
+
+
+class SmallMlp(Protocol):
+    """What computes in the place of a layer's MLP: its linears, the model's own activations."""
+
+    @property
+    def inputs(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """x [..., d] -> [..., K], one for each of the MLP's input linears."""
+        ...
+
+    def project(self, h: Tensor, x: Tensor) -> Tensor:
+        """h [..., K] and the MLP's input x [..., d] -> the MLP's output [..., d]."""
+        ...
 
 
 class Override:
@@ -68,12 +80,12 @@ class Route(Override):
 
 
 class MlpSwitch:
-    """One MLP layer: dense, dense and observed, or computed by a `CompactMlp`."""
+    """One MLP layer: dense, dense and observed, or computed by a smaller one."""
 
     def __init__(self, layer: MlpLayer) -> None:
         self.layer = layer
         self.observer: Observer | None = None
-        self.compact: CompactMlp | None = None
+        self.compact: SmallMlp | None = None
         self._x: Tensor | None = None
         self.routes = [
             Route(linear.module, partial(self._input, position))
@@ -125,7 +137,7 @@ class Switchboard:
         for switch in self._switches:
             switch.observer, switch.compact = observer, None
 
-    def compute_with(self, compact: Mapping[int, CompactMlp]) -> None:
+    def compute_with(self, compact: Mapping[int, SmallMlp]) -> None:
         """Sparse passes: the layers in `compact` with their core neurons, the others dense."""
         for switch in self._switches:
             switch.observer, switch.compact = None, compact.get(switch.layer.index)

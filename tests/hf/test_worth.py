@@ -1,0 +1,107 @@
+"""What a layer's next neurons are worth, against the losses that it is the slope of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coreinfer.backends.base import Phase
+from coreinfer.backends.hf.session import HfBackend, HfSession
+from coreinfer.backends.hf.worth import Step, steps_between, worth
+from coreinfer.core.measures import kl_by_token
+from coreinfer.recording import RecordingPlan
+from coreinfer.selectors import Impact, Selector, Stability
+from coreinfer.standins import Linear, Mean, StandIn
+from tests.tiny import CONFIGS, tiny_backend
+
+PROMPTS = [[5, 77, 200, 13, 13, 8, 250, 99, 41], [9, 31, 7, 7, 120]]
+AFTER = [[17, 4, 66, 3], [8, 8, 1, 200]]
+NOW = Impact(beta=0.4, dense_layers=(2,))
+MORE = Impact(beta=0.5, dense_layers=(2,))
+FITTED = Linear(rank=3)
+
+
+def loss_at(backend: HfBackend, gates: dict[int, float], stand_in: StandIn | None) -> float:
+    """KL with the layers so far on their way from NOW to MORE."""
+    read, steps = steps_of(backend, stand_in)
+    for layer, step in steps.items():
+        steps[layer] = replace(step, gate=torch.tensor(gates.get(layer, 0.0)))
+    with torch.no_grad():
+        dense = read.fork().decode_with({}, AFTER)[:, :-1].log_softmax(dim=-1)
+        sparse = read.fork().decode_with(steps, AFTER)[:, :-1].log_softmax(dim=-1)
+    return float(kl_by_token(dense, sparse).mean())
+
+
+def steps_of(
+    backend: HfBackend, stand_in: StandIn | None, rules: tuple[Selector, Selector] = (NOW, MORE)
+) -> tuple[HfSession, dict[int, Step]]:
+    read = backend.start(RecordingPlan.of(rules[0], stand_in))
+    read.prefill(PROMPTS)
+    return read, steps_between(read, *rules, stand_in)[0]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_step_leads_from_the_one_core_set_to_the_other(family: str) -> None:
+    backend = tiny_backend(family)
+    read, steps = steps_of(backend, FITTED)
+    assert sorted(steps) == [0, 1]
+    for gate, rule in ((0.0, NOW), (1.0, MORE)):
+        set_to = {n: replace(s, gate=torch.tensor(gate)) for n, s in steps.items()}
+        fork = read.fork()
+        fork.select(rule, FITTED)
+        want = fork.decode(AFTER, Phase.SCORE)
+        with torch.no_grad():
+            got = read.fork().decode_with(set_to, AFTER)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize("stand_in", [None, Mean(), FITTED])
+def test_it_is_the_slope_of_the_loss(family: str, stand_in: StandIn | None) -> None:
+    backend = tiny_backend(family)
+    found = worth(backend, PROMPTS, AFTER, NOW, MORE, stand_in)
+    assert found.loss == pytest.approx(loss_at(backend, {}, stand_in), rel=1e-3)
+    assert found.per_neuron[2] is None
+    by, added = 0.02, round(0.5 * 48) - round(0.4 * 48)
+    for layer in (0, 1):
+        ends = [loss_at(backend, {layer: sign * by}, stand_in) for sign in (1, -1)]
+        slope = (ends[1] - ends[0]) / (2 * by * added)
+        assert found.per_neuron[layer] == pytest.approx(slope, rel=0.05, abs=2e-5)
+
+
+def test_a_batch_is_the_mean_of_its_prompts() -> None:
+    backend = tiny_backend()
+    after = [AFTER[0], AFTER[1][:3]]  # padded beside the other
+    both = worth(backend, PROMPTS, after, NOW, MORE, FITTED)
+    alone = [
+        worth(backend, [prompt], [rest], NOW, MORE, FITTED)
+        for prompt, rest in zip(PROMPTS, after, strict=True)
+    ]
+    assert both.loss == pytest.approx(sum(one.loss for one in alone) / 2, rel=1e-4)
+    for layer in (0, 1):
+        parts = [one.per_neuron[layer] for one in alone]
+        mean = sum(part for part in parts if part is not None) / 2
+        assert both.per_neuron[layer] == pytest.approx(mean, rel=1e-3, abs=1e-7)
+
+
+def test_layers_that_do_not_grow_have_none() -> None:
+    backend = tiny_backend()
+    more = Impact(beta=0.4, budgets={0: 0.6}, dense_layers=(2,))
+    found = worth(backend, PROMPTS, AFTER, NOW, more, None)
+    assert found.per_neuron[0] is not None
+    assert found.per_neuron[1:] == [None, None]
+    with pytest.raises(ValueError, match="no layer keeps more"):
+        worth(backend, PROMPTS, AFTER, NOW, NOW, None)
+
+
+def test_nothing_of_it_stays_in_the_model() -> None:
+    """No gradients of weights, and the dense model is what it was."""
+    backend = tiny_backend()
+    with torch.no_grad():
+        before = backend.model(torch.tensor(PROMPTS[:1])).logits
+    worth(backend, PROMPTS, AFTER, Stability(beta=0.4), Stability(beta=0.5), FITTED)
+    assert all(parameter.grad is None for parameter in backend.model.parameters())
+    with torch.no_grad():
+        assert torch.equal(backend.model(torch.tensor(PROMPTS[:1])).logits, before)
