@@ -5,14 +5,19 @@
         --out benchmarks/results/calibration-smollm2
 
 Every row reads at most the bytes of plain dropping at `--keep`: a stand-in's maps are paid for by
-keeping fewer neurons. Writes OUT.json (every number, a window each) and OUT.md (the table).
+keeping fewer neurons. With `--descend FILE` there are also budgets by descent, as `tune` makes
+them, on windows of another text or of a corpus (`.jsonl`). Writes OUT.json (every number, a window
+each) and OUT.md (the table).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.report import markdown, provenance, write_json, write_text
@@ -21,11 +26,20 @@ from coreinfer.api import load
 from coreinfer.backends.base import Backend
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.values import layer_list
-from coreinfer.evaluation.continuations import Quality, Setting, Window, measure
+from coreinfer.evaluation.continuations import Quality, Setting, Window, measure, windows
+from coreinfer.journal import Journal
+from coreinfer.jsonl import read_text
 from coreinfer.selectors import Impact, Residual, Stability
 from coreinfer.standins import Calibrated, Linear
 from coreinfer.tuning.budgets import Curve, allocate
+from coreinfer.tuning.candidate import Stores
+from coreinfer.tuning.design import Design, Planner, Profile
+from coreinfer.tuning.goal import Goal
+from coreinfer.tuning.objective import WINDOWS_A_STEP, Objective
+from coreinfer.tuning.pools import Pool, Processes
 from coreinfer.tuning.prices import Prices
+from coreinfer.tuning.tuner import DESCENT, Tuner
+from coreinfer.tuning.work import WorkerSpec
 
 
 def equal_keep(prices: Prices, keep: float, rank: int) -> float:
@@ -64,6 +78,47 @@ def calibrated(
     return made
 
 
+@dataclass(frozen=True)
+class Descent:
+    """What budgets descend on."""
+
+    pool: Pool
+    texts: Sequence[Window]
+    steps: int
+
+    def settings(
+        self,
+        path: str,
+        ranks: Sequence[int],
+        prices: Prices,
+        keep: float,
+        dense: tuple[int, ...],
+    ) -> dict[str, Setting]:
+        """Budgets at the bytes of plain dropping, for each rank of the stand-in."""
+        stores = Stores.open({"calibration": path})
+        errors = stores.opened["calibration"].layer_errors
+        planner, profile = Planner(prices, errors), ends(dense, errors.num_layers)
+        about: dict[str, str] = {}
+        objective = Objective(self.pool, {DESCENT: self.texts}, Journal(), stores, about=about)
+        share = (keep * (errors.num_layers - len(dense)) + len(dense)) / errors.num_layers
+        tuner = Tuner(Goal.of_bytes(share), planner, objective)
+        made = {}
+        for rank in ranks:
+            start = Design("residual", {}, "calibrated", {"rank": rank}, profile)
+            found = planner.candidate(tuner.descended(start, share, self.steps), share)
+            made[f"residual by descent, calibrated {rank}"] = found.setting(stores)
+        return made
+
+
+def ends(dense: tuple[int, ...], layers: int) -> Profile:
+    """Raises ValueError where the dense layers are not at the ends of the model."""
+    first = next((n for n in range(layers) if n not in dense), layers)
+    profile = Profile(first=first, last=len(dense) - first, spread=0.5)
+    if sorted(dense) != [*range(first), *range(layers - profile.last, layers)]:
+        raise ValueError(f"budgets descend between dense ends, got dense layers {dense}")
+    return profile
+
+
 def half_way(store: CalibrationStore, keep: float, dense: tuple[int, ...]) -> dict[int, float]:
     """Budgets of the same bytes, half way from equal ones to those of least error in total."""
     errors = store.layer_errors
@@ -87,12 +142,37 @@ def rows_of(
         yield "", last
     for name, path in args.stores:
         settings = calibrated(CalibrationStore.load(path), args.ranks, *sizes)
+        if args.descend is not None:
+            with descent_of(backend, path, args) as descent:
+                settings |= descent.settings(path, args.ranks, *sizes)
         if args.residual_alone:
             settings = {
                 key: value for key, value in settings.items() if key.startswith("residual,")
             }
         *_, last = measure(backend, texts, settings, batch_size=args.batch_size)
         yield name, last
+
+
+@contextmanager
+def descent_of(backend: Backend, store: str, args: argparse.Namespace) -> Iterator[Descent]:
+    """Processes that weigh neurons on the text of `--descend`."""
+    text = read_text(args.descend)
+    if args.descend.suffix == ".jsonl":
+        text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines())
+    texts = windows(
+        backend,
+        text,
+        count=args.steps * WINDOWS_A_STEP,
+        prompt_tokens=args.prompt_tokens,
+        continuation_tokens=args.continuation_tokens,
+    )
+    random.Random(0).shuffle(texts)  # neighbours are alike
+    spec = WorkerSpec(args.model, "hf", threads=1, stores={"calibration": store})
+    pool = Processes(spec, args.jobs)
+    try:
+        yield Descent(pool, texts, args.steps)
+    finally:
+        pool.close()
 
 
 def table(found: dict[str, dict[str, Quality]]) -> str:
@@ -146,6 +226,9 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--no-baselines", action="store_true", help="the stores alone")
     parser.add_argument("--residual-alone", action="store_true", help="equal budgets, no impact")
+    parser.add_argument("--descend", type=Path, metavar="FILE", help="text that budgets descend on")
+    parser.add_argument("--steps", type=int, default=40, help="of the descent")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the descent")
     add_window_options(parser)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--threads", type=int)

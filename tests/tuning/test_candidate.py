@@ -162,3 +162,9 @@ def test_stores_that_are_not_there(tmp_path: Path) -> None:
     for name in ("calibration", "clusters"):
         with pytest.raises(UserError, match=r"no (calibration|cluster) store at"):
             Stores.open({name: str(tmp_path / "none")})
+
+
+def test_widening_leaves_dense_layers_and_never_makes_one() -> None:
+    candidate = Candidate("impact", (0.5, 0.95, 1.0, 0.99))
+    assert candidate.widened(0.1, (20, 20, 20, 100)).keeps == (0.6, 0.95, 1.0, 0.99)
+    assert candidate.widened(0.1, (20, 100, 20, 200)).keeps == (0.6, 0.99, 1.0, 0.995)

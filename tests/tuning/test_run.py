@@ -13,7 +13,7 @@ from coreinfer.tuning.candidate import Candidate, Stores
 from coreinfer.tuning.goal import Goal
 from coreinfer.tuning.result import Outcome
 from coreinfer.tuning.run import MOST_REPORTED, Effort, tune
-from tests.tuning.fakes import COST, PRICES, Formula, loss_of, objective
+from tests.tuning.fakes import COST, PRICES, WORTH, Formula, loss_of, objective
 
 EFFORT = Effort(trials=32, steps=20, seed=0)
 PROMPTS = {"search": 6, "report": 5}
@@ -160,3 +160,30 @@ def test_what_is_known_of_other_prompts_or_another_model_is_not_taken(tmp_path: 
 def test_effort_out_of_range(options: dict[str, int], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         Effort(**options)
+
+
+def test_budgets_descend_on_prompts_of_their_own() -> None:
+    """From what the search found, to where a byte is worth the same in every layer."""
+    goal = Goal.of_bytes(0.6)
+    before = run(goal, Formula(), effort=Effort(trials=16, steps=0))
+    after = run(goal, Formula(), effort=Effort(trials=16, steps=40))
+    assert after.chosen.stage == "descent"
+    assert after.chosen.loss.mean < before.chosen.loss.mean
+    assert not [point for point in before.tried if point.stage == "descent"]
+    keeps = after.chosen.candidate.keeps
+    slopes = [w * (1 - k) for w, k in zip(WORTH, keeps, strict=True) if k < 1]
+    assert max(slopes) < 2.5 * min(slopes)
+
+
+def test_what_a_neuron_is_worth_is_a_mean_over_the_prompts_and_kept(tmp_path: Path) -> None:
+    pool, path = Formula(), tmp_path / "t.jsonl"
+    now = Candidate("impact", (*(0.5,) * 7, 1.0))
+    more = now.widened(0.1, COST.num_neurons)
+    found = objective(pool, Journal(path)).worth("descent", 0, now, more)
+    assert pool.done == 2  # batches
+    assert found[7] is None
+    others = objective(pool, Journal(path)).worth("descent", 1, now, more)
+    assert pool.done == 4  # other prompts
+    assert found != others
+    again = objective(pool, Journal(path)).worth("descent", 5, now, more)  # 20 prompts, 5 batches
+    assert (again, pool.done) == (found, 4)

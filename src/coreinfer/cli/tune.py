@@ -217,7 +217,7 @@ def _require_places(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _pool(args: argparse.Namespace, llm: LLM, stores: Stores) -> Iterator[Pool]:
-    from coreinfer.tuning.pools import InProcess, Processes, default_jobs
+    from coreinfer.tuning.pools import FLOAT32_BYTES, InProcess, Processes, default_jobs
     from coreinfer.tuning.ray_cluster import RayCluster
     from coreinfer.tuning.work import WorkerSpec
 
@@ -228,7 +228,11 @@ def _pool(args: argparse.Namespace, llm: LLM, stores: Stores) -> Iterator[Pool]:
     if args.ray is not None:
         pool = RayCluster(spec, args.ray, args.jobs)
     else:
-        jobs = args.jobs or default_jobs(llm.backend.cost.dense, args.threads)
+        backend = llm.backend
+        size = backend.cost.dense
+        if backend.name == "native" and args.steps:
+            size += int(FLOAT32_BYTES[backend.dtype] * size)
+        jobs = args.jobs or default_jobs(size, args.threads)
         pool = InProcess(llm.backend, stores, spec) if jobs == 1 else Processes(spec, jobs)
     try:
         yield pool
