@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import exp
+from math import exp, sin
 from typing import Any
 
 from coreinfer.backends.hf.worth import Worth
@@ -61,7 +61,7 @@ def worths_of(task: Weigh) -> Worth:
     for layer, (keep, larger) in enumerate(zip(now.keeps, more.keeps, strict=True)):
         keeps = tuple(larger if n == layer else k for n, k in enumerate(now.keeps))
         fallen = loss - loss_of(replace(now, keeps=keeps))
-        noise = 1 + 0.3 * (-1) ** (layer + len(task.windows[0].prompt))
+        noise = 1 + 0.3 * sin(layer + len(task.windows[0].prompt))
         added = round(larger * NEURONS) - round(keep * NEURONS)
         found.append(noise * fallen / added if added else None)
     return Worth(loss, found)
