@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from coreinfer.backends.base import Backend
 from coreinfer.core.coreset import CoreSet
@@ -20,6 +20,9 @@ from coreinfer.runtime.scoring import Pair, Score, score
 from coreinfer.runtime.text import Message, encode_prompt, encode_raw
 from coreinfer.selectors import Dense, Impact, Selector
 from coreinfer.standins import Linear, StandIn
+
+if TYPE_CHECKING:
+    from coreinfer.backends.hf.session import HfBackend
 
 BACKENDS = ("hf", "native")
 
@@ -286,6 +289,45 @@ def _load_hf(
         raise UserError(f"{model!r} is a converted model; use --backend native for it")
     loaded = load_weights(model, dtype=dtype, device=device, on_progress=on_progress)
     return HfBackend(loaded.model, loaded.tokenizer, loaded.name)
+
+
+def differentiable(
+    backend: Backend,
+    model: str,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    on_progress: Callable[[str], None] = lambda _line: None,
+) -> HfBackend:
+    """A loaded model on hf, where a backward pass can go through it: itself, or loaded once more.
+
+    Args:
+        backend: the model as it was loaded; model: what `load` was told for it, as are the others.
+
+    Raises:
+        UserError: if it is a converted model, or one that hf does not know.
+    """
+    from coreinfer.backends.hf.session import HfBackend
+
+    if isinstance(backend, HfBackend):
+        return backend
+    require_differentiable(model)
+    made = load(
+        model, backend="hf", device=device, threads=threads, on_progress=on_progress
+    ).backend
+    assert isinstance(made, HfBackend)
+    return made
+
+
+def require_differentiable(model: str) -> None:
+    """Raises UserError if `model` names a converted model, which native alone can read."""
+    from coreinfer.backends.native.container import is_converted
+
+    if is_converted(model):
+        raise UserError(
+            f"no backward pass goes through the converted model {model!r}; name the model that it "
+            "was made from"
+        )
 
 
 def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -11,6 +11,7 @@ import torch
 from coreinfer.backends.hf.session import HfSession
 from coreinfer.calibration.build import CalibrationSettings, memory_needed
 from coreinfer.calibration.store import CalibrationStore
+from coreinfer.calibration.training import Trainer
 from coreinfer.calibration.written import write_corpus as write_own
 from coreinfer.errors import UserError
 from coreinfer.jsonl import read_json_lines
@@ -203,3 +204,24 @@ def test_a_bos_token_is_not_learnt_from() -> None:
     plan = RecordingPlan(observer=lambda _layer, x, _h: shown.append(len(x)))
     prefill(backend, [[BOS, 5, 6, 7]], plan)
     assert shown == [3, 3, 3]
+
+
+def test_training_is_a_stage_that_goes_on(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = tiny_backend()
+    plain = build(backend, corpus, tmp_path / "plain")
+    asked = {"train_steps": 4, "differentiable": backend}
+    whole = build(backend, corpus, tmp_path / "whole", **asked)
+    for a, b in zip(plain.predictions, whole.predictions, strict=True):
+        assert torch.equal(a.basis, b.basis)
+        assert not torch.equal(a.coefficients, b.coefficients)
+    with monkeypatch.context() as patch:
+        interrupt(patch, Trainer, "step", 2)
+        with pytest.raises(KeyboardInterrupt):
+            build(backend, corpus, tmp_path / "cut", **asked)
+    rest = build(backend, corpus, tmp_path / "cut", **asked)
+    for a, b in zip(whole.predictions, rest.predictions, strict=True):
+        assert torch.equal(a.coefficients, b.coefficients)
+    assert torch.equal(whole.layer_errors.errors, rest.layer_errors.errors)
+    assert rest.corpus["train_steps"] == 4

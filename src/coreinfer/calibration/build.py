@@ -1,13 +1,14 @@
 """Building a calibration store: a corpus of any size in a bounded amount of memory.
 
 First the basis, from a part of the corpus; then the one pass over all of it, which sums
-what the predictions and the priors are made from; then what each layer loses, on a few documents.
+what the predictions and the priors are made from; then training, if it is asked for; then what each
+layer loses, on a few documents.
 An interrupted build goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -19,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coreinfer.backends.base import Backend
+from coreinfer.backends.hf.session import HfBackend
 from coreinfer.calibration.errors import measure_errors
 from coreinfer.calibration.store import CalibrationStore, require_place
 from coreinfer.calibration.sums import (
@@ -29,6 +31,7 @@ from coreinfer.calibration.sums import (
     sketch_of,
     sketch_width,
 )
+from coreinfer.calibration.training import train
 from coreinfer.calibration.written import write_corpus
 from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.core.statistics import LayerStatistics
@@ -42,7 +45,7 @@ from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
 
 CHECKPOINT_SECONDS = 60.0
 CHARS_A_TOKEN = 4  # about; says how far apart the batches lie that the basis is chosen from
-STAGES = ("basis", "sums")
+STAGES = ("basis", "sums", "training")
 WRITTEN = "corpus.jsonl"  # what the model wrote, in the work folder
 KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -61,6 +64,7 @@ class CalibrationSettings:
         basis_tokens: tokens that the basis is chosen from, about; from all over the corpus.
         error_documents: documents on which the layers' errors are measured at most.
         own_tokens: tokens that the model writes where there is no corpus.
+        train_steps: of training the predictions on what decoding loses, from 0.
     """
 
     rank: int = 256
@@ -72,12 +76,14 @@ class CalibrationSettings:
     basis_tokens: int = 32_768
     error_documents: int = 8
     own_tokens: int = 32_768
+    train_steps: int = 0
 
     def __post_init__(self) -> None:
         require_whole("rank", self.rank, 1)
         require_ratio("alpha", self.alpha)
         require_whole("seed", self.seed, 0, 2**32 - 1)
         require_whole("max_tokens", self.max_tokens, 4)
+        require_whole("train_steps", self.train_steps, 0)
         for name in ("batch_size", "basis_tokens", "error_documents", "own_tokens"):
             require_whole(name, getattr(self, name), 1)
 
@@ -102,6 +108,7 @@ def calibrate(
     out: Path,
     settings: CalibrationSettings | None = None,
     *,
+    differentiable: HfBackend | None = None,
     on_skip: OnSkip,
     on_note: Callable[[str], None] = lambda _note: None,
     progress: bool = True,
@@ -119,6 +126,7 @@ def calibrate(
         out: the store's folder, which may be a cluster store's; a calibration that is there is
             replaced when the new one is whole.
         settings: how; by default as `CalibrationSettings` says.
+        differentiable: the same model where a backward pass can go through it, for training.
         on_skip: told of every document or line that is skipped, once each.
         on_note: told of the memory that it takes, and of a former run's work.
         progress: draw progress bars on stderr, where that is a terminal.
@@ -150,10 +158,14 @@ def calibrate(
             "backend": backend.name,
             "dtype": backend.dtype,
             "corpus": identity,
-            **vars(settings),
+            **{name: value for name, value in vars(settings).items() if name != "train_steps"},
         }
-        basis = build.basis(made_with)
-        store = build.store(basis, made_with, identity)
+        store = build.store(build.basis(made_with), made_with, identity)
+        if settings.train_steps:
+            if differentiable is None:
+                raise ValueError("training needs the model on hf")
+            store = build.trained(store, made_with, differentiable)
+        store = build.measured(store)
         if corpus is not None and corpus_identity(path) != identity:
             raise UserError(f"{str(corpus)!r} was changed while it was read; start again")
         store.save(out)
@@ -279,7 +291,7 @@ class _Build:
             prediction, prior.residual_sum = one.prediction(prior)
             predictions.append(prediction)
         about = {**identity, "documents": state["documents"], "cut_documents": state["cut"]}
-        store = CalibrationStore(
+        return CalibrationStore(
             model=self._backend.model_name,
             model_fingerprint=self._backend.fingerprint,
             alpha=self._settings.alpha,
@@ -288,9 +300,35 @@ class _Build:
             layer_errors=LayerErrors((1.0,), torch.zeros(len(sizes), 1, dtype=torch.float64)),
             corpus={**about, **vars(self._settings)},
         )
-        return measure_errors(
-            self._backend, store, self._spread(state["documents"]), KEEPS, self._progress
+
+    def trained(
+        self, store: CalibrationStore, made_with: dict[str, Any], differentiable: HfBackend
+    ) -> CalibrationStore:
+        """With the predictions trained on what decoding loses."""
+        settings = self._settings
+        made_with = {**made_with, "train_steps": settings.train_steps}
+        found = self._work.load("training", made_with)
+
+        def keep(step: int, tensors: Mapping[str, Tensor]) -> None:
+            if self._work.is_due or step == settings.train_steps:
+                self._work.save("training", made_with, Checkpoint({"steps": step}, tensors))
+
+        return train(
+            differentiable,
+            store,
+            lambda: (document.ids for document in self._reader.documents()),
+            settings.train_steps,
+            settings.seed,
+            done=0 if found is None else int(found.state["steps"]),
+            tensors=None if found is None else found.tensors,
+            keep=keep,
+            progress=self._progress,
         )
+
+    def measured(self, store: CalibrationStore) -> CalibrationStore:
+        """With what each layer loses."""
+        documents = self._spread(int(store.corpus["documents"]))
+        return measure_errors(self._backend, store, documents, KEEPS, self._progress)
 
     def _batches(self) -> Iterator[list[TokenDocument]]:
         """Of documents with a token that counts: the first one may be a BOS token."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coreinfer.cli import options
 from coreinfer.cli.reading import CORPUS_FILE, add_reading_options
 from coreinfer.cli.terminal import Skipped, note
 from coreinfer.cli.values import whole
+
+if TYPE_CHECKING:
+    from coreinfer.api import LLM
+    from coreinfer.backends.hf.session import HfBackend
 
 
 def add_parser(verbs: Any) -> None:
@@ -65,15 +69,30 @@ def add_parser(verbs: Any) -> None:
         help="tokens that the model writes without --corpus, from 1 (default: 32768)",
     )
     parser.add_argument(
+        "--train-steps",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="then train the predictions on what decoding loses, by backward passes, 4 documents a "
+        "step; the model is loaded on the hf backend for them (default: 0, no training)",
+    )
+    parser.add_argument(
         "--seed",
         type=whole,
         default=0,
         metavar="N",
-        help="seed of what the model writes, and of the basis, from 0 (default: 0)",
+        help="seed of what the model writes, of the basis and of training, from 0 (default: 0)",
     )
     parser.add_argument("--json", action="store_true", help="describe the store as a JSON object")
     options.add_model_options(parser)
     parser.set_defaults(run=run)
+
+
+def _on_hf(args: argparse.Namespace, llm: LLM) -> HfBackend:
+    from coreinfer.api import differentiable
+
+    given = {"device": args.device, "threads": args.threads}
+    return differentiable(llm.backend, args.model, on_progress=note, **given)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         basis_tokens=args.basis_tokens,
         error_documents=args.error_documents,
         own_tokens=args.own_tokens,
+        train_steps=args.train_steps,
     )
     llm = options.load_model(args)
     skip = Skipped()
@@ -96,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         None if args.corpus is None else Path(args.corpus),
         Path(args.out),
         settings,
+        differentiable=_on_hf(args, llm) if settings.train_steps else None,
         on_skip=skip,
         on_note=note,
     )

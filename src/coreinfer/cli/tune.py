@@ -71,7 +71,7 @@ def add_parser(verbs: Any) -> None:
     effort.add_argument(
         "--steps", type=whole, default=40, metavar="N",
         help="of moving bytes to the layers where they are worth most after it, from 0; the model "
-        "is loaded on the hf backend for them (default: 40)",
+        "is loaded on the hf backend for them, which cannot be a converted one (default: 40)",
     )  # fmt: skip
     effort.add_argument(
         "--search-prompts", type=whole, default=16, metavar="N",
@@ -126,6 +126,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from coreinfer.api import require_differentiable
     from coreinfer.journal import Journal
     from coreinfer.tuning.candidate import Stores
     from coreinfer.tuning.goal import Goal
@@ -158,6 +159,8 @@ def run(args: argparse.Namespace) -> int:
     llm = options.load_model(args)
     for store in stores.opened.values():
         store.require_model(llm.backend.fingerprint, llm.name)
+    if args.steps and llm.backend.name == "native":
+        require_differentiable(args.model)
     skip = Skipped()
     split = read_split(llm.backend, args.prompts, amount, skip)
     parts = {

@@ -11,7 +11,7 @@ from functools import cached_property
 from multiprocessing import parent_process
 from typing import ClassVar, Protocol, TypeVar
 
-from coreinfer.api import load
+from coreinfer.api import differentiable, load
 from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfBackend
 from coreinfer.backends.hf.worth import Worth, worth
@@ -106,14 +106,10 @@ class Worker:
         """The model on hf, which a backward pass can go through; loaded when it is asked for.
 
         Raises:
-            UserError: if hf does not know the model.
+            UserError: if hf cannot load it.
         """
-        if isinstance(self.backend, HfBackend):
-            return self.backend
         spec = self.spec
-        made = load(spec.model, backend="hf", device=spec.device, threads=spec.threads).backend
-        assert isinstance(made, HfBackend)
-        return made
+        return differentiable(self.backend, spec.model, device=spec.device, threads=spec.threads)
 
     @classmethod
     def start(cls, spec: WorkerSpec) -> None:

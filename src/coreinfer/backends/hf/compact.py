@@ -27,6 +27,10 @@ class SmallLinear:
         """x [..., in] -> [..., out]."""
         return F.linear(x, self.weight, self.bias)
 
+    def weight_of(self, _group: int) -> Tensor:
+        """[out, in]."""
+        return self.weight
+
 
 @dataclass(frozen=True)
 class GroupedLinear:
@@ -45,6 +49,10 @@ class GroupedLinear:
         if self.bias is not None:
             y = y + self.bias.unsqueeze(1)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def weight_of(self, group: int) -> Tensor:
+        """[out, in]."""
+        return self.weight[group]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from coreinfer.recording import BatchWindows, PromptRecorder, RecordingPlan
 from coreinfer.selectors import Selector
 from coreinfer.selectors.evidence import Evidence
 from coreinfer.standins import StandIn
+from coreinfer.standins.sample import LayerSample
 
 
 class HfBackend:
@@ -166,6 +167,10 @@ class HfSession:
     def compact(self) -> Mapping[int, CompactMlp]:
         """The layers that were made smaller by `select`."""
         return self._compact
+
+    def sample(self, row: int, layer: int) -> LayerSample:
+        """The tokens of a prompt that a stand-in was fitted on."""
+        return self._recorded.recorders[row].sample(layer)
 
     def fork(self) -> HfSession:
         twin = copy.copy(self)

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coreinfer.backends.base import Phase
 from coreinfer.backends.hf.compact import CompactMlp
+from coreinfer.backends.hf.loss import continuation_loss
 from coreinfer.backends.hf.session import HfBackend, HfSession
-from coreinfer.backends.hf.switch import SmallMlp
-from coreinfer.core.measures import kl_by_token
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors import Selector
 from coreinfer.standins import StandIn
@@ -89,16 +87,10 @@ def worth(
     """
     read = backend.start(RecordingPlan.of(more, stand_in))
     read.prefill(prompts, texts)
-    dense = read.fork().decode(continuations, Phase.SCORE).float().log_softmax(dim=-1)
     steps, added = steps_between(read, now, more, stand_in)
     if not steps:
         raise ValueError("no layer keeps more neurons in one rule than in the other")
-    small: dict[int, SmallMlp] = {**read.compact, **steps}
-    logits = read.fork().decode_with(small, continuations)
-    kl = kl_by_token(dense[:, :-1], logits[:, :-1].float().log_softmax(dim=-1))
-    counts = torch.tensor([len(row) - 1 for row in continuations])
-    real = torch.arange(kl.shape[1]) < counts.unsqueeze(1)
-    loss = (kl * real).sum(dim=1).div(counts).mean()
+    loss = continuation_loss(read, {**read.compact, **steps}, continuations)
     gates = [step.gate for step in steps.values()]
     slopes = torch.autograd.grad(loss, gates)
     per_neuron: list[float | None] = [None] * len(backend.anatomy.layers)
