@@ -129,3 +129,35 @@ def test_another_model_is_refused(
         )  # fmt: skip
         assert done.code == 2
         assert "this calibration store was made for" in done.err
+
+
+def test_training_on_native_loads_the_model_on_hf(
+    cli: Cli, model_dir: Path, corpus: Path, tmp_path: Path
+) -> None:
+    asked = ("calibrate", "--model", model_dir, "--backend", "native", "--corpus", corpus, "--rank",
+             6, "--error-documents", 1)  # fmt: skip
+    stores = {}
+    for steps in (0, 2):
+        done = cli(*asked, "--train-steps", steps, "--out", tmp_path / str(steps))
+        assert done.code == 0, done.err
+        stores[steps] = CalibrationStore.load(tmp_path / str(steps))
+    plain, trained = (stores[steps].predictions[0].coefficients for steps in (0, 2))
+    assert not plain.equal(trained)
+    assert (plain - trained).norm() < 0.1 * plain.norm()
+
+
+def test_no_backward_pass_goes_through_a_converted_model(
+    cli: Cli, model_dir: Path, corpus: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    assert cli("convert", "--model", model_dir, "--dtype", "int8", "--out", made).code == 0
+    done = cli("calibrate", "--model", made, "--corpus", corpus, "--train-steps", 1, "--rank", 6,
+               "--out", tmp_path / "s")  # fmt: skip
+    assert done.code == 2
+    assert "name the model that it was made from" in done.err
+    text = tmp_path / "t.txt"
+    text.write_text("The cat sat on the mat, and it was warm there. " * 20)
+    done = cli("tune", "--model", made, "--prompts", text, "--bytes", 0.7, "--jobs", 1,
+               "--out", tmp_path / "t.toml")  # fmt: skip
+    assert done.code == 2
+    assert "name the model that it was made from" in done.err
