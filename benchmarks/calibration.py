@@ -88,18 +88,19 @@ class Descent:
 
     def settings(
         self,
-        path: str,
+        store: CalibrationStore,
         ranks: Sequence[int],
         prices: Prices,
         keep: float,
         dense: tuple[int, ...],
     ) -> dict[str, Setting]:
         """Budgets at the bytes of plain dropping, for each rank of the stand-in."""
-        stores = Stores.open({"calibration": path})
-        errors = stores.opened["calibration"].layer_errors
+        stores = Stores({}, {"calibration": store})
+        errors = store.layer_errors
         planner, profile = Planner(prices, errors), ends(dense, errors.num_layers)
-        about: dict[str, str] = {}
-        objective = Objective(self.pool, {DESCENT: self.texts}, Journal(), stores, about=about)
+        objective = Objective(
+            self.pool, {DESCENT: self.texts}, Journal(), stores, about=store.describe()
+        )
         share = (keep * (errors.num_layers - len(dense)) + len(dense)) / errors.num_layers
         tuner = Tuner(Goal.of_bytes(share), planner, objective)
         made = {}
@@ -141,10 +142,11 @@ def rows_of(
         *_, last = measure(backend, texts, baselines(*sizes), batch_size=args.batch_size)
         yield "", last
     for name, path in args.stores:
-        settings = calibrated(CalibrationStore.load(path), args.ranks, *sizes)
+        store = CalibrationStore.load(path)
+        settings = calibrated(store, args.ranks, *sizes)
         if args.descend is not None:
             with descent_of(backend, path, args) as descent:
-                settings |= descent.settings(path, args.ranks, *sizes)
+                settings |= descent.settings(store, args.ranks, *sizes)
         if args.residual_alone:
             settings = {
                 key: value for key, value in settings.items() if key.startswith("residual,")
