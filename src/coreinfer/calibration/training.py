@@ -106,7 +106,7 @@ def train(
     """The store with predictions that decoding loses less with.
 
     The first half of a document is the prompt, what follows is decoded with the `residual` rule
-    and the `calibrated` stand-in, all layers sparse.
+    and the `calibrated` stand-in of full rank, all layers sparse.
 
     Args:
         backend: the model, where a backward pass can go through it.
@@ -124,7 +124,7 @@ def train(
     trainer = Trainer.of(store)
     if tensors is not None:
         trainer.restore(tensors, done)
-    rank = min(store.rank, max(backend.anatomy.layers[0].hidden_size // 4, 1))
+    full = backend.anatomy.layers[0].hidden_size  # rank: a cut would take long to find
     draw = random.Random(seed)
     keeps = [draw.uniform(*KEEPS) for _ in range(steps)]
     batches = islice(_batches(documents), done, None)
@@ -135,7 +135,7 @@ def train(
     with bar:
         for number in range(done, steps):
             rule = Residual(calibration=trainer.store, beta=keeps[number])
-            stand_in = Calibrated(calibration=trainer.store, rank=rank)
+            stand_in = Calibrated(calibration=trainer.store, rank=full)
             loss, found = gradients(backend, rule, stand_in, next(batches))
             trainer.step(found, RATE * (1 - number / steps))
             keep(number + 1, trainer.tensors())

@@ -84,8 +84,11 @@ class Calibrated(StandIn):
 def _leading(rows: Tensor, rank: int) -> Tensor:
     """The `rank` leading right singular vectors of rows [n, d], [d, k] float32, in columns.
 
-    k = min(rank, n, d). Where the rows do not have so many directions, any others fill up.
+    k = min(rank, n, d), or d where that is asked for: then they are not looked for, since nothing
+    is cut. Where the rows do not have so many directions, any others fill up.
     """
+    if rank >= rows.shape[1]:
+        return torch.eye(rows.shape[1], device=rows.device)
     rank = min(rank, *rows.shape)
     if rows.shape[0] > rows.shape[1]:
         vectors: Tensor = torch.linalg.eigh((rows.t() @ rows).double()).eigenvectors
