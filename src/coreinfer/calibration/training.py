@@ -188,9 +188,11 @@ def gradients(
             directions = left.weight_of(row).float()
             slope = slopes[row, : len(ids)].float()
             by_neuron = ((slope @ directions) @ directions.t()) @ down  # [T, D]
-            by_neuron[:, kept[row][layer].long()] = 0.0  # kept neurons are not predicted
+            by_neuron[:, kept[row][layer].long().to(down.device)] = (
+                0.0  # kept neurons are not predicted
+            )
             x = found.inputs[layer][row, : len(ids)].float()
-            made[layer][1:] += _features(read, stand_in, layer, row, x).t() @ by_neuron
+            made[layer][1:] += (_features(read, stand_in, layer, row, x).t() @ by_neuron).cpu()
     return found.loss, made
 
 
@@ -202,4 +204,4 @@ def _features(read: HfSession, stand_in: Calibrated, layer: int, row: int, x: Te
     dual = Dual.of(read.sample(row, layer).inputs, stand_in.ridge)
     own, centred = dual.centred.float(), x - dual.mean.float()
     left = centred - ((centred @ own.t()) @ dual.inverse.float()) @ own
-    return left @ stand_in.calibration.predictions[layer].basis
+    return left @ stand_in.calibration.predictions[layer].basis.to(left.device)
