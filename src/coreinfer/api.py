@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from coreinfer.backends.base import Backend
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from coreinfer.backends.hf.session import HfBackend
 
 BACKENDS = ("hf", "native")
+# Bytes in float32 for a byte of the native backend's weights, by dtype.
+FLOAT32_BYTES = MappingProxyType({"bfloat16": 2.0, "int8": 3.8, "int4": 7.1})
+LARGE = 8 * 2**30  # bytes of a model in float32
 
 # What the quality tables in benchmarks/results find best at equal bytes.
 DEFAULT_SELECTOR = Impact()
@@ -301,6 +305,8 @@ def differentiable(
 ) -> HfBackend:
     """A loaded model on hf, where a backward pass can go through it: itself, or loaded once more.
 
+    In float32 on a CPU, as hf has it, but for models of more than `LARGE` bytes in bfloat16.
+
     Args:
         backend: the model as it was loaded; model: what `load` was told for it, as are the others.
 
@@ -312,11 +318,17 @@ def differentiable(
     if isinstance(backend, HfBackend):
         return backend
     require_differentiable(model)
+    dtype = "bfloat16" if float32_bytes(backend) > LARGE else None
     made = load(
-        model, backend="hf", device=device, threads=threads, on_progress=on_progress
+        model, backend="hf", dtype=dtype, device=device, threads=threads, on_progress=on_progress
     ).backend
     assert isinstance(made, HfBackend)
     return made
+
+
+def float32_bytes(backend: Backend) -> int:
+    """Of a model on native, in float32, about."""
+    return int(FLOAT32_BYTES[backend.dtype] * backend.cost.dense)
 
 
 def require_differentiable(model: str) -> None:

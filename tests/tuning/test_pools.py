@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from coreinfer import api
 from coreinfer.api import load
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Window
@@ -190,3 +191,16 @@ def test_a_worker_does_not_outlive_who_started_it() -> None:
         parent.kill()
         # The child has the other end of the pipe: it closes when the child ends.
         assert parent.stdout.read() == b""
+
+
+def test_a_large_model_is_loaded_once_more_in_bfloat16(
+    spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = load(spec.model, backend="native", threads=1).backend
+    assert api.differentiable(native, spec.model).dtype == "float32"
+    monkeypatch.setattr(api, "LARGE", 1)
+    large = api.differentiable(native, spec.model)
+    assert large.dtype == "bfloat16"
+    assert api.differentiable(large, spec.model) is large
+    found = dict(InProcess(large, Stores(), spec).map([TASKS[3]]))
+    assert found[0].per_neuron[0] is not None

@@ -220,7 +220,8 @@ def _require_places(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _pool(args: argparse.Namespace, llm: LLM, stores: Stores) -> Iterator[Pool]:
-    from coreinfer.tuning.pools import FLOAT32_BYTES, InProcess, Processes, default_jobs
+    from coreinfer.api import float32_bytes
+    from coreinfer.tuning.pools import InProcess, Processes, default_jobs
     from coreinfer.tuning.ray_cluster import RayCluster
     from coreinfer.tuning.work import WorkerSpec
 
@@ -234,7 +235,7 @@ def _pool(args: argparse.Namespace, llm: LLM, stores: Stores) -> Iterator[Pool]:
         backend = llm.backend
         size = backend.cost.dense
         if backend.name == "native" and args.steps:
-            size += int(FLOAT32_BYTES[backend.dtype] * size)
+            size += float32_bytes(backend)  # what descent loads
         jobs = args.jobs or default_jobs(size, args.threads)
         pool = InProcess(llm.backend, stores, spec) if jobs == 1 else Processes(spec, jobs)
     try:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
-from types import MappingProxyType
 from typing import Protocol
 
 from coreinfer.backends.base import Backend
@@ -17,8 +16,6 @@ from coreinfer.tuning.candidate import Stores
 from coreinfer.tuning.work import Result, Task, Worker, WorkerSpec
 
 PROCESS_BYTES = 2**30  # that a process takes beside its model
-# Bytes of a model in float32 for a byte of the native backend's, by dtype: what descent loads.
-FLOAT32_BYTES = MappingProxyType({"bfloat16": 2.0, "int8": 3.8, "int4": 7.1})
 
 
 class Pool(Protocol):
