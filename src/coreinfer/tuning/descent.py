@@ -8,7 +8,7 @@ from statistics import fmean
 
 from coreinfer.tuning.design import Design
 
-RATE = 0.12  # of the first step, in log-weight; it falls to nothing, so that the last steps average
+RATE = 0.2  # of the first step, in log-weight; it falls to nothing, so that the last steps average
 MEMORY = 0.8  # of what earlier prompts said
 
 # (number of the step, design) -> what a byte more is worth in each layer, None where that is not
