@@ -85,6 +85,7 @@ class Descent:
     pool: Pool
     texts: Sequence[Window]
     steps: int
+    journal: Journal
 
     def settings(
         self,
@@ -99,7 +100,7 @@ class Descent:
         errors = store.layer_errors
         planner, profile = Planner(prices, errors), ends(dense, errors.num_layers)
         objective = Objective(
-            self.pool, {DESCENT: self.texts}, Journal(), stores, about=store.describe()
+            self.pool, {DESCENT: self.texts}, self.journal, stores, about=store.describe()
         )
         share = (keep * (errors.num_layers - len(dense)) + len(dense)) / errors.num_layers
         tuner = Tuner(Goal.of_bytes(share), planner, objective)
@@ -144,13 +145,13 @@ def rows_of(
     for name, path in args.stores:
         store = CalibrationStore.load(path)
         settings = calibrated(store, args.ranks, *sizes)
-        if args.descend is not None:
-            with descent_of(backend, path, args) as descent:
-                settings |= descent.settings(store, args.ranks, *sizes)
         if args.residual_alone:
             settings = {
                 key: value for key, value in settings.items() if key.startswith("residual,")
             }
+        if args.descend is not None:
+            with descent_of(backend, path, args) as descent:
+                settings |= descent.settings(store, args.ranks, *sizes)
         *_, last = measure(backend, texts, settings, batch_size=args.batch_size)
         yield name, last
 
@@ -172,7 +173,7 @@ def descent_of(backend: Backend, store: str, args: argparse.Namespace) -> Iterat
     spec = WorkerSpec(args.model, "hf", threads=1, stores={"calibration": store})
     pool = Processes(spec, args.jobs)
     try:
-        yield Descent(pool, texts, args.steps)
+        yield Descent(pool, texts, args.steps, Journal(args.out.with_suffix(".descent.jsonl")))
     finally:
         pool.close()
 
