@@ -6,8 +6,8 @@
 
 Every row reads at most the bytes of plain dropping at `--keep`: a stand-in's maps are paid for by
 keeping fewer neurons. With `--descend FILE` there are also budgets by descent, as `tune` makes
-them, on windows of another text or of a corpus (`.jsonl`). Writes OUT.json (every number, a window
-each) and OUT.md (the table).
+them, on windows of another text or of a corpus (`.jsonl`); what they were weighed by is kept in
+OUT.descent.jsonl. Writes OUT.json (every number, a window each) and OUT.md (the table).
 """
 
 from __future__ import annotations
