@@ -94,6 +94,7 @@ def window(size: int) -> Window:
 def objective(pool: Formula, journal: Journal | None = None) -> Objective:
     search = [window(i % 3 + 1) for i in range(6)]
     many = [window(i + 1) for i in range(20)]
-    parts = {"search": search, "report": [window(2)] * 5, "profile": search[:4], "descent": many}
+    parts = {"search": search, "report": [window(2)] * 5, "profile": search[:4]}
+    parts |= {"descent": many, "final": many[:12]}
     known = Journal() if journal is None else journal
     return Objective(pool, parts, known, Stores(), about={"model": "m"})

@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.journal import Journal
     from coreinfer.tuning.candidate import Stores
     from coreinfer.tuning.goal import Goal
-    from coreinfer.tuning.objective import WINDOWS_A_STEP, WINDOWS_A_TASK, Objective
+    from coreinfer.tuning.objective import FINAL_WINDOWS, WINDOWS_A_STEP, WINDOWS_A_TASK, Objective
     from coreinfer.tuning.prices import Prices
     from coreinfer.tuning.prompts import Amount, read_split
     from coreinfer.tuning.ray_cluster import require_ray
@@ -167,6 +167,7 @@ def run(args: argparse.Namespace) -> int:
         "search": split.search,
         "report": split.report,
         "descent": split.descent,
+        "final": split.descent[:FINAL_WINDOWS],
         "profile": split.search[:WINDOWS_A_TASK],
     }
     prices = Prices.of(llm.backend, split.search[0])

@@ -21,6 +21,7 @@ WINDOWS_A_TASK = 4  # prefilled together: the same whatever the workers, so that
 SETTINGS_A_TASK = 4  # measured on them at most: what Ctrl-C may cost, against prefilling anew
 BATCHES_A_STEP = 2  # that a step of the budgets' descent follows from
 WINDOWS_A_STEP = BATCHES_A_STEP * WINDOWS_A_TASK
+FINAL_WINDOWS = 48  # that the best designs are compared on
 
 
 class Objective:

@@ -24,6 +24,7 @@ ONE_KEEP = "best one keep"  # for all layers
 ENDS_DENSE = "ends dense"  # the same with the first 3 and last 2 layers dense
 SHARES = (0.4, 0.55, 0.8, 0.9)  # at which the front is completed
 MOST_REPORTED = 6  # points of the front
+FINALISTS = 6  # designs that are compared on more prompts
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def tune(
 
     Args:
         objective: measures candidates on the parts "search", "report", "descent" (many, on which
-            budgets descend) and "profile" (a few, to measure single layers on where no calibration
-            store has done so).
+            budgets descend), "final" (some of those, on which the best designs are compared) and
+            "profile" (a few, to measure single layers on where no calibration store has done so).
         prices: of neurons and stand-ins.
         stores: that rules and stand-ins may use.
         goal: a limit of the loss, or of the bytes.
@@ -100,11 +101,14 @@ def tune(
     else:
         chosen = tuner.cheapest(_of_different_designs(kept, 3))
     share = chosen.asked
-
-    design = tuner.descended(chosen.design, share, effort.steps)
-    (descended,) = tuner.points([(design, share)], DESCENT)
-    if descended is not None and descended.loss.mean < chosen.loss.mean:
-        chosen = descended
+    # What is best on few prompts is so by chance, too: more of them decide where to begin, and
+    # whether what was found from there is better.
+    finalists = [point.design for point in _of_different_designs([chosen, *kept], FINALISTS)]
+    start = tuner.best_of(finalists, share)
+    design = tuner.best_of([start, tuner.descended(start, share, effort.steps)], share)
+    (found,) = tuner.points([(design, share)], DESCENT)
+    if found is not None:
+        chosen = found
     if goal.limit is not None and tuner.within([chosen]):
         chosen = tuner.cheapest([chosen])
     tuner.points([(chosen.design, share) for share in SHARES], "other bytes")

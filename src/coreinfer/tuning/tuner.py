@@ -18,7 +18,7 @@ from coreinfer.tuning.objective import Objective
 from coreinfer.tuning.result import Point
 from coreinfer.tuning.space import LEAST_SHARE
 
-SEARCH, DESCENT, REPORT = "search", "descent", "report"  # parts of the prompts
+SEARCH, DESCENT, FINAL, REPORT = "search", "descent", "final", "report"  # parts of the prompts
 WIDER = 0.04  # of a layer's neurons: the next ones, whose worth is weighed
 STEPS = 8  # shares that are measured at a time, to find the least within a limit
 
@@ -95,6 +95,20 @@ class Tuner:
 
         with tqdm(total=steps, desc=DESCENT, leave=False, unit="step", disable=None) as bar:
             return descend(design, self.planner.num_layers, worths, steps)
+
+    def best_of(self, designs: Sequence[Design], share: float) -> Design:
+        """The design of least loss on more prompts than it was found with, at this share of bytes;
+        the first where the bytes pay for none."""
+        made = [(design, self._candidate(design, share)) for design in designs]
+        known = {one.key: (one, design) for design, one in made if one is not None}
+        if len(known) < 2:
+            return designs[0]
+        candidates = [candidate for candidate, _ in known.values()]
+        found = self.objective.measure(FINAL, candidates, FINAL)
+        dense = self.objective.dense(FINAL)
+        losses = [self.goal.loss(quality, dense).mean for quality in found]
+        _, best = list(known.values())[losses.index(min(losses))]
+        return best
 
     def reported(self, points: Sequence[Point]) -> list[Point]:
         """The same points with what they are on the prompts to report on."""
