@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coreinfer.errors import UserError
+from coreinfer.evaluation.continuations import Quality
 from coreinfer.journal import Journal
 from coreinfer.tuning.candidate import Candidate, Stores
 from coreinfer.tuning.goal import Goal
 from coreinfer.tuning.result import Outcome
-from coreinfer.tuning.run import MOST_REPORTED, Effort, tune
+from coreinfer.tuning.run import FINALISTS, MOST_REPORTED, Effort, tune
+from tests.tuning import fakes
 from tests.tuning.fakes import COST, PRICES, WORTH, Formula, loss_of, objective
 
 EFFORT = Effort(trials=32, steps=20, seed=0)
@@ -187,3 +190,30 @@ def test_what_a_neuron_is_worth_is_a_mean_over_the_prompts_and_kept(tmp_path: Pa
     assert found != others
     again = objective(pool, Journal(path)).worth("descent", 5, now, more)  # 20 prompts, 5 batches
     assert (again, pool.done) == (found, 4)
+
+
+def test_the_best_designs_are_compared_on_more_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the search took for best, on prompts where it is not, is not where descent begins."""
+    goal = Goal.of_bytes(0.6)
+    asked: list[str] = []
+
+    def loss(candidate: Candidate) -> float:
+        asked.append(candidate.key)
+        return loss_of(candidate) * (3.0 if candidate.stand_in == "linear" else 1.0)
+
+    effort = Effort(trials=24, steps=0)
+    assert run(goal, Formula(), effort=effort).chosen.candidate.stand_in == "linear"
+    pool = Formula()
+    measured = objective(pool)
+    original = measured.measure
+
+    def measure(part: str, candidates: Sequence[Candidate], what: str) -> list[Quality]:
+        with monkeypatch.context() as patch:
+            if part == "final":
+                patch.setattr(fakes, "loss_of", loss)
+            return original(part, candidates, what)
+
+    monkeypatch.setattr(measured, "measure", measure)
+    found = tune(measured, PRICES, Stores(), goal, effort, PROMPTS)
+    assert found.chosen.candidate.stand_in != "linear"
+    assert 1 < len(set(asked)) <= FINALISTS
