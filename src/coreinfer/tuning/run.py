@@ -104,7 +104,7 @@ def tune(
     # What is best on few prompts is so by chance, too: more of them decide where to begin, and
     # whether what was found from there is better.
     finalists = [point.design for point in _of_different_designs([chosen, *kept], FINALISTS)]
-    start = tuner.best_of(finalists, share)
+    start = tuner.best_of([*finalists, *_single_designs(tuner).values()], share)
     design = tuner.best_of([start, tuner.descended(start, share, effort.steps)], share)
     (found,) = tuner.points([(design, share)], DESCENT)
     if found is not None:
@@ -159,17 +159,21 @@ def _outcome(
 
 
 def _rivals(tuner: Tuner, chosen: Point) -> dict[str, Point]:
-    """The best setting with one keep for all layers, and that with some layers dense, at the
-    bytes of the chosen point."""
+    """What the chosen point is to be compared with, at its bytes."""
+    made = _single_designs(tuner)
+    found = tuner.points([(design, chosen.asked) for design in made.values()], "other bytes")
+    return {name: point for name, point in zip(made, found, strict=True) if point is not None}
+
+
+def _single_designs(tuner: Tuner) -> dict[str, Design]:
+    """The best setting with one keep for all layers, and the same with the ends dense."""
     single = [point for point in tuner.tried.values() if point.stage == "one keep"]
     if not single:
         return {}
     best = min(single, key=lambda point: point.loss.mean).design
     quarter = tuner.planner.num_layers // 4
     dense = replace(best, profile=Profile(first=min(3, quarter), last=min(2, quarter)))
-    made = {ONE_KEEP: best, ENDS_DENSE: dense}
-    found = tuner.points([(design, chosen.asked) for design in made.values()], "other bytes")
-    return {name: point for name, point in zip(made, found, strict=True) if point is not None}
+    return {ONE_KEEP: best, ENDS_DENSE: dense}
 
 
 def _of_different_designs(points: Sequence[Point], count: int) -> list[Point]:
