@@ -42,15 +42,35 @@ from coreinfer.tuning.tuner import DESCENT, Tuner
 from coreinfer.tuning.work import WorkerSpec
 
 
-def equal_keep(prices: Prices, keep: float, rank: int) -> float:
-    """The keep of a layer that, with a map of this rank and its offset, reads no more bytes."""
-    neurons, size = prices.cost.num_neurons[0], prices.cost.per_neuron[0]
-    paid = -(-prices.stand_in("linear", {"rank": rank}) // size)
-    return max(round(keep * neurons) - paid, 1) / neurons
+@dataclass(frozen=True)
+class Limit:
+    """What every row may read: the bytes of plain dropping.
+
+    Attributes:
+        prices: of neurons and stand-ins.
+        keep: of the layers that are not dense; dense: those that are.
+    """
+
+    prices: Prices
+    keep: float
+    dense: tuple[int, ...]
+
+    def keep_beside(self, rank: int) -> float:
+        """The keep of a layer that, with a map of this rank and its offset, reads no more bytes."""
+        cost = self.prices.cost
+        neurons, size = cost.num_neurons[0], cost.per_neuron[0]
+        paid = -(-self.prices.stand_in("linear", {"rank": rank}) // size)
+        return max(round(self.keep * neurons) - paid, 1) / neurons
+
+    @property
+    def share(self) -> float:
+        """Of the dense MLPs' bytes."""
+        layers = len(self.prices.cost.num_neurons)
+        return (self.keep * (layers - len(self.dense)) + len(self.dense)) / layers
 
 
-def baselines(prices: Prices, keep: float, dense: tuple[int, ...]) -> dict[str, Setting]:
-    lower = equal_keep(prices, keep, Linear().rank)
+def baselines(limit: Limit) -> dict[str, Setting]:
+    keep, dense, lower = limit.keep, limit.dense, limit.keep_beside(Linear().rank)
     return {
         "stability": Setting(Stability(beta=keep, dense_layers=dense)),
         "impact": Setting(Impact(beta=keep, dense_layers=dense)),
@@ -58,16 +78,10 @@ def baselines(prices: Prices, keep: float, dense: tuple[int, ...]) -> dict[str, 
     }
 
 
-def calibrated(
-    store: CalibrationStore,
-    ranks: Sequence[int],
-    prices: Prices,
-    keep: float,
-    dense: tuple[int, ...],
-) -> dict[str, Setting]:
+def calibrated(store: CalibrationStore, ranks: Sequence[int], limit: Limit) -> dict[str, Setting]:
     made = {}
     for rank in ranks:
-        lower = equal_keep(prices, keep, rank)
+        lower, dense = limit.keep_beside(rank), limit.dense
         stand_in = Calibrated(calibration=store, rank=rank)
         rule = Residual(calibration=store, beta=lower, dense_layers=dense)
         made[f"residual, calibrated {rank}"] = Setting(rule, stand_in)
@@ -88,27 +102,19 @@ class Descent:
     journal: Journal
 
     def settings(
-        self,
-        store: CalibrationStore,
-        ranks: Sequence[int],
-        prices: Prices,
-        keep: float,
-        dense: tuple[int, ...],
+        self, store: CalibrationStore, ranks: Sequence[int], limit: Limit
     ) -> dict[str, Setting]:
-        """Budgets at the bytes of plain dropping, for each rank of the stand-in."""
-        stores = Stores({}, {"calibration": store})
-        errors = store.layer_errors
-        planner, profile = Planner(prices, errors), ends(dense, errors.num_layers)
-        objective = Objective(
-            self.pool, {DESCENT: self.texts}, self.journal, stores, about=store.describe()
-        )
-        share = (keep * (errors.num_layers - len(dense)) + len(dense)) / errors.num_layers
-        tuner = Tuner(Goal.of_bytes(share), planner, objective)
-        made = {}
+        """Budgets within the limit, for each rank of the stand-in."""
+        stores, about = Stores({}, {"calibration": store}), store.describe()
+        planner = Planner(limit.prices, store.layer_errors)
+        objective = Objective(self.pool, {DESCENT: self.texts}, self.journal, stores, about=about)
+        tuner = Tuner(Goal.of_bytes(limit.share), planner, objective)
+        profile, made = ends(limit.dense, store.num_layers), {}
         for rank in ranks:
             start = Design("residual", {}, "calibrated", {"rank": rank}, profile)
-            found = planner.candidate(tuner.descended(start, share, self.steps), share)
-            made[f"residual by descent, calibrated {rank}"] = found.setting(stores)
+            found = tuner.descended(start, limit.share, self.steps)
+            setting = planner.candidate(found, limit.share).setting(stores)
+            made[f"residual by descent, calibrated {rank}"] = setting
         return made
 
 
@@ -138,20 +144,20 @@ def rows_of(
     backend: Backend, texts: Sequence[Window], args: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, Quality]]]:
     """The results of the other rules, then of each store."""
-    sizes = (Prices.of(backend, texts[0]), args.keep, args.dense_layers)
+    limit = Limit(Prices.of(backend, texts[0]), args.keep, args.dense_layers)
     if not args.no_baselines:
-        *_, last = measure(backend, texts, baselines(*sizes), batch_size=args.batch_size)
+        *_, last = measure(backend, texts, baselines(limit), batch_size=args.batch_size)
         yield "", last
     for name, path in args.stores:
         store = CalibrationStore.load(path)
-        settings = calibrated(store, args.ranks, *sizes)
+        settings = calibrated(store, args.ranks, limit)
         if args.residual_alone:
             settings = {
                 key: value for key, value in settings.items() if key.startswith("residual,")
             }
         if args.descend is not None:
             with descent_of(backend, path, args) as descent:
-                settings |= descent.settings(store, args.ranks, *sizes)
+                settings |= descent.settings(store, args.ranks, limit)
         *_, last = measure(backend, texts, settings, batch_size=args.batch_size)
         yield name, last
 
