@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Changes whenever a structure or a function does: the loader compares it.
-#define CI_ABI_VERSION 4
+#define CI_ABI_VERSION 5
 
 enum CiPath { CI_PORTABLE = 0, CI_AVX2 = 1, CI_AVX512 = 2 };
 enum CiDtype { CI_BFLOAT16 = 0, CI_INT8 = 1, CI_INT4 = 2, CI_FLOAT32 = 3, CI_FLOAT16 = 4 };
@@ -37,6 +37,7 @@ typedef struct {
   CiMatrix up;    // gated and by neuron: [d, K], a record a neuron; else null, up is in `into`
   CiMatrix down;  // [d, K]
   const float* in_bias;  // [K16] or null
+  const float* least;    // [K16] or null; by neuron: activations (gates') below it count as zero
   int32_t gated;
   int32_t by_neuron;  // the down projection is a record a neuron; zeros are skipped
 } CiMlp;
@@ -96,6 +97,7 @@ typedef struct {
   int64_t layer_stride;
   int64_t head_stride;
   int64_t token_stride;
+  int64_t* skipped;  // or null; the zeros among the neurons of MLPs with `least` are added to it
   int32_t cache_bfloat16;  // else float32
 } CiRow;
 

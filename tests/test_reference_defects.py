@@ -121,7 +121,7 @@ def test_each_layer_has_its_own_set_wherever_the_sparse_ones_begin(first_sparse:
 
 def observe(recorder: PromptRecorder, layer: int, h: Tensor, start: int) -> None:
     window = Window(torch.arange(h.shape[0]), start, middle=0, bos=False)
-    recorder.observe(layer, torch.ones(h.shape[0], 4), h, window)
+    recorder.observe(layer, window, torch.ones(h.shape[0], 4), h)
 
 
 @settings(max_examples=25)

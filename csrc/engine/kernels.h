@@ -143,7 +143,8 @@ void mlp(int, int threads, const CiMlp* mlp, int32_t activation, const float* x,
     Carver carver(worker.scratch + h_bytes + size.used() * worker.index);
     const MlpMemory memory(carver, *mlp, batch);
     const Batch inputs = padded_inputs<S>(mlp->into, x, batch, memory.inputs);
-    neurons<S>(worker, *mlp, activation, inputs, memory.numbers, h);
+    int64_t skipped[CI_MAX_ROWS] = {};
+    neurons<S>(worker, *mlp, activation, inputs, memory.numbers, h, skipped);
     worker.wait();
     if (!mlp->by_neuron) {
       down_by_tile<S>(worker, down, batch, h, memory.inputs,

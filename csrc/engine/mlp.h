@@ -1,6 +1,7 @@
 // The products of a layer, each worker with its share of the outputs.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "../pool.h"
@@ -100,11 +101,22 @@ float dot_record(const CiMatrix& matrix, int64_t neuron, const float* x, float* 
   return S::sum(total);
 }
 
+// Sets those that are smaller than their `least` to zero; how many of them are zero then.
+inline int64_t skip_small(const float* least, int64_t count, float* h) {
+  int64_t zeros = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (std::fabs(h[i]) < least[i]) h[i] = 0.0f;
+    zeros += h[i] == 0.0f;
+  }
+  return zeros;
+}
+
 // h [rows][K16] of this worker's neurons: act(gate x) * up x, or act(fc1 x + bias). Where up is
-// stored by neuron, that of a neuron whose gate is zero is not read.
+// stored by neuron, that of a neuron whose gate is zero is not read. Where small ones count as zero
+// (`least`), the number of zeros is added to skipped[row].
 template <class S>
 void neurons(const Worker& worker, const CiMlp& mlp, int32_t activation, const Batch& batch,
-             float* numbers, float* const* h) {
+             float* numbers, float* const* h, int64_t* skipped) {
   const Range tiles = share(worker, pad(mlp.down.columns) / kTile);
   const int64_t bytes = tile_bytes(mlp.into);
   const bool up_by_neuron = mlp.up.data != nullptr, up_by_tile = mlp.gated && !up_by_neuron;
@@ -121,8 +133,11 @@ void neurons(const Worker& worker, const CiMlp& mlp, int32_t activation, const B
       if (up_by_tile) value = S::mul(value, S::load(up + kTile * b));
       S::store(h[b] + kTile * t, value);
     }
+    const int64_t end = kTile * (t + 1) < mlp.down.columns ? kTile * (t + 1) : mlp.down.columns;
+    if (mlp.least != nullptr)
+      for (int b = 0; b < batch.count; ++b)
+        skipped[b] += skip_small(mlp.least + kTile * t, end - kTile * t, h[b] + kTile * t);
     if (!up_by_neuron) continue;
-    const int64_t end = kTile * (t + 1) < mlp.up.columns ? kTile * (t + 1) : mlp.up.columns;
     for (int64_t n = kTile * t; n < end; ++n)
       for (int b = 0; b < batch.count; ++b)  // read once: for the next row it is in the cache
         if (h[b][n] != 0.0f) h[b][n] *= dot_record<S>(mlp.up, n, batch.rows[b].x, numbers);

@@ -321,7 +321,9 @@ class Step {
         batch.rows[i] = all.rows[same.rows[i]];
         h[i] = memory.h[same.rows[i]];
       }
-      neurons<S>(worker, rows_[b].mlps[index], model_.activation, batch, mine.numbers, h);
+      int64_t skipped[CI_MAX_ROWS] = {};
+      neurons<S>(worker, rows_[b].mlps[index], model_.activation, batch, mine.numbers, h, skipped);
+      for (int i = 0; i < same.count; ++i) count(rows_[same.rows[i]].skipped, skipped[i]);
     }
     for (int b = 0; b < count_; ++b) {
       const CiMatrix& right = rows_[b].stand_ins[index].right;
@@ -330,6 +332,11 @@ class Step {
         std::memcpy(memory.z[b] + kTile * t, y, kTile * sizeof(float));
       });
     }
+  }
+
+  // Workers add to the same number.
+  static void count(int64_t* total, int64_t more) {
+    if (total != nullptr && more != 0) __atomic_fetch_add(total, more, __ATOMIC_RELAXED);
   }
 
   // The second half; every worker adds its columns to x.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coreinfer.calibration.store import CalibrationStore
+from coreinfer.core.skipping import GateStatistics
 from coreinfer.core.statistics import LayerStatistics, PromptStatistics
 from coreinfer.errors import UserError
 from coreinfer.selectors.base import Selector
@@ -35,6 +36,7 @@ class RecordingPlan:
         input_sums: sum the MLPs' inputs too.
         sample_tokens: tokens to keep for a stand-in at most; 0 keeps sums only, None nothing.
         calibration: whose predictions' residuals are summed; None sums none.
+        gates: record what tells small activations from others.
         observer: shown each layer's counted tokens, (layer, x [n, d], h [n, D]), a sequence at a
             time; without a BOS token unless that counts.
         intent: what is likely to be asked for afterwards, so that a backend may choose, fit and
@@ -48,6 +50,7 @@ class RecordingPlan:
     input_sums: bool = False
     sample_tokens: int | None = None
     calibration: CalibrationStore | None = None
+    gates: bool = False
     observer: Callable[[int, Tensor, Tensor], None] | None = None
     intent: Intent | None = None
 
@@ -61,6 +64,7 @@ class RecordingPlan:
             input_sums=selector.needs_input_sums,
             sample_tokens=None if stand_in is None else stand_in.sample_tokens,
             calibration=selector.recorded_calibration,
+            gates=selector.active < 1,
         )
 
     @classmethod
@@ -75,6 +79,7 @@ class RecordingPlan:
             and other.count_bos == self.count_bos
             and (self.halves or not other.halves)
             and (self.input_sums or not other.input_sums)
+            and (self.gates or not other.gates)
             and other.calibration in (None, self.calibration)
             and other.observer in (None, self.observer)
             and (
@@ -111,18 +116,30 @@ class PromptRecorder:
         capacity = plan.sample_tokens or 0
         self._samples = [LayerSample(capacity) for _ in sizes]
         self._first = [LayerSample(capacity) for _ in sizes]  # the sink, only if nothing else is
+        self._gates = [GateStatistics() for _ in sizes]
+        self._first_gates = [GateStatistics() for _ in sizes]  # likewise
 
-    def observe(self, layer: int, x: Tensor, h: Tensor, window: Window) -> None:
-        """Add tokens of one layer: the MLP's input x [n, d] and activations h [n, D]."""
+    def observe(
+        self, layer: int, window: Window, x: Tensor, h: Tensor, gates: Tensor | None = None
+    ) -> None:
+        """Add tokens of one layer: the MLP's input x [n, d], activations h [n, D], and its gates
+        [n, D] (h itself where it is not gated) where the plan asks for them."""
         if window.columns.numel() == 0:
             return
+        positions = window.start + torch.arange(x.shape[0], device=x.device)
+        sink = int(window.start == 0)
+        alone = x.shape[0] <= sink
         if self.plan.sample_tokens is not None:
-            positions = window.start + torch.arange(x.shape[0], device=x.device)
-            sink = int(window.start == 0)
-            if x.shape[0] > sink:
-                self._samples[layer].update(x[sink:], h[sink:], positions[sink:])
-            else:
+            if alone:
                 self._first[layer].update(x, h, positions)
+            else:
+                self._samples[layer].update(x[sink:], h[sink:], positions[sink:])
+        if self.plan.gates:
+            assert gates is not None, "the plan asks for gates"
+            if alone:
+                self._first_gates[layer].update(gates, h, positions)
+            else:
+                self._gates[layer].update(gates[sink:], h[sink:], positions[sink:])
         start = window.start
         if window.bos and not self.plan.count_bos:
             if x.shape[0] == 1:  # with others beside it, it will never be asked for
@@ -176,6 +193,11 @@ class PromptRecorder:
         """The tokens to fit a stand-in on: all but the first; the first if there is no other."""
         sample = self._samples[layer]
         return sample if sample.tokens else self._first[layer]
+
+    def gates(self, layer: int) -> GateStatistics:
+        """Of all tokens but the first; of the first if there is no other."""
+        gates = self._gates[layer]
+        return gates if gates.tokens else self._first_gates[layer]
 
 
 class BatchWindows:

@@ -50,7 +50,7 @@ def feed(
             x[window.columns], h[window.columns] = activations(
                 ids_chunk[row, window.columns], positions
             )
-            recorders[row].observe(0, x[window.columns], h[window.columns], window)
+            recorders[row].observe(0, window, x[window.columns], h[window.columns])
 
 
 def expected(prompt: list[int], tokens: slice) -> LayerStatistics:
@@ -152,9 +152,9 @@ def test_activations_that_are_not_finite_are_refused_with_their_layer(bad: float
     recorder = PromptRecorder(FULL, [(D, HIDDEN), (D, HIDDEN)])
     window = BatchWindows(1, None).advance(torch.ones(1, 2), torch.tensor([[5, 6]]))[0]
     x, h = torch.ones(2, HIDDEN), torch.ones(2, D)
-    recorder.observe(0, x, h, window)
+    recorder.observe(0, window, x, h)
     h[1, 3] = bad
-    recorder.observe(1, x, h, window)
+    recorder.observe(1, window, x, h)
     with pytest.raises(UserError, match=r"^layer 1 has activations that are not finite; .*dtype"):
         recorder.statistics()
 

@@ -92,7 +92,7 @@ def test_the_twin_of_an_mlp_does_what_its_text_says(
     parts = [records_of(form, rows, columns, seed) for seed in range(3 if gated else 2)]
     packed = random_mlp(form, gated=gated, skip_zeros=skip_zeros)
     x = inputs(1, columns)
-    y, h = mlp_twin(packed, x, "silu")
+    y, h, _ = mlp_twin(packed, x, "silu")
     z = [linear_twin(pack(part, columns, form), x) for part in parts[:-1]]
     if gated and skip_zeros:  # read row by row, up meets the inputs as they are
         z[1] = x @ form.dequantize(parts[1], columns).t()
@@ -153,7 +153,7 @@ def test_what_a_zero_makes_needless_is_not_read(form: WeightFormat, gated: bool,
     x = inputs(3, packed.into.columns)
     with using(path):
         wanted = mlp(packed, x, "relu", threads=2)
-    _, h = mlp_twin(packed, x, "relu")
+    _, h, _ = mlp_twin(packed, x, "relu")
     idle = (h == 0).all(dim=0)
     assert idle.any()
     for part in (packed.down, packed.up):
@@ -177,7 +177,7 @@ def test_any_number_of_neurons_may_be_active(active: int, dtype: str, path: str)
     records = torch.cat([records_of(form, neurons, size, seed) for seed in (0, 1)], dim=1)
     packed = pack_mlp(records, size, form, gated=False, in_bias=bias, skip_zeros=True)
     x = inputs(2, size) / 100
-    wanted, h = mlp_twin(packed, x, "relu")
+    wanted, h, _ = mlp_twin(packed, x, "relu")
     assert int((h != 0).sum(dim=1).max()) == active
     with using(path):
         found = mlp(packed, x, "relu", threads=2)

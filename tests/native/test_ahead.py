@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from coreinfer.backends.choose import SmallLayer
 from coreinfer.backends.native.backend import NativeBackend
 from coreinfer.backends.native.session import NativeSession
 from coreinfer.backends.native.weights import weights_from
@@ -89,11 +90,11 @@ class Spy:
         self.layers: list[tuple[int, list[int], Any]] = []
         pack = backend.stepper.pack_layer
 
-        def seen(layer: int, kept: Any, terms: Any) -> Any:
-            self.layers += [(layer, one.tolist(), None) for one in kept[len(terms or []) :]]
-            for one, term in zip(kept, terms or [], strict=False):
-                self.layers.append((layer, one.tolist(), term))
-            return pack(layer, kept, terms)
+        def seen(small: SmallLayer) -> Any:
+            terms = small.terms or [None] * len(small.kept)
+            for one, term in zip(small.kept, terms, strict=True):
+                self.layers.append((small.layer, one.tolist(), term))
+            return pack(small)
 
         monkeypatch.setattr(backend.stepper, "pack_layer", seen)
 

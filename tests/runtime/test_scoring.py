@@ -134,9 +134,9 @@ def test_choices_of_one_context_score_as_if_alone(
     ]
     read = prefill(backend, [row[0].context for row in pairs], RecordingPlan.of(selector, stand_in))
     tokens = [[pair.continuation for pair in row] for row in pairs]
-    found = score_choices(read, tokens, selector, stand_in)
-    assert len(found.selected) == 3
-    for row, scores in zip(pairs, found.scores, strict=True):
+    found = score_choices(backend, read, tokens, selector, stand_in)
+    assert len(found) == 3
+    for row, scores in zip(pairs, found, strict=True):
         assert len(scores) == len(row)
         for pair, got in zip(row, scores, strict=True):
             (alone,) = score(backend, [pair], selector, stand_in)

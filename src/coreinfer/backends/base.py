@@ -77,6 +77,11 @@ class Session(Protocol):
         """
         ...
 
+    def spared(self) -> list[float | None]:
+        """Bytes a token that decode did not read since `select`, of each sequence, for its core
+        neurons were skipped; mean over the tokens. None before any was decoded."""
+        ...
+
     def fork(self) -> Session:
         """A copy that goes on by its own, at no cost in memory; this one stays where it is."""
         ...

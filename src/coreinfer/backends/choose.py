@@ -58,9 +58,24 @@ class Chosen(Generic[Compact]):
     compact: dict[int, Compact]
 
 
-# (layer, the kept neurons of each sequence, all of one length, the stand-in of each, if there is
-# one) -> the layer made smaller
-Compactor = Callable[[int, list[Tensor], list[StandInTerms] | None], Compact]
+@dataclass(frozen=True)
+class SmallLayer:
+    """What is to be made of a layer, for each sequence of a batch.
+
+    Attributes:
+        layer: its index.
+        kept: the core neurons, all of one length.
+        terms: the stand-ins, if there are any.
+        least: the least activation of each core neuron that counts, where small ones are skipped.
+    """
+
+    layer: int
+    kept: list[Tensor]
+    terms: list[StandInTerms] | None = None
+    least: list[Tensor] | None = None
+
+
+Compactor = Callable[[SmallLayer], Compact]
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,8 @@ def choose(
 ) -> Chosen[Compact]:
     """Select each sequence's core neurons, fit the stand-ins and make the layers smaller.
 
-    A layer that keeps all its neurons stays dense, so keeping 100 % is exactly dense decoding.
+    A layer that keeps all its neurons, and skips none, stays dense: keeping 100 % is exactly dense
+    decoding.
 
     Args:
         model: what is known of the model.
@@ -128,28 +144,50 @@ def choose(
     sparse: dict[int, SparseLayer[Compact]] = {}
     for layer, size in enumerate(model.num_neurons):
         kept = [s.layers[layer] for s in selections if layer in s.layers]
-        if not kept or kept[0].numel() == size:
+        if not kept or stays_whole(kept[0], size, selector):
             continue
         terms = None
-        if stand_in is not None:
+        if stand_in is not None and kept[0].numel() < size:
             terms = [
                 stand_in.fit(layer, recorder.sample(layer), model.down(layer), others(index, size))
                 for recorder, index in zip(recorders, kept, strict=True)
             ]
-        sparse[layer] = make_sparse(model, layer, kept, terms, compact_layer)
+        least = least_activations(model, layer, kept, recorders, selector)
+        small = SmallLayer(layer, kept, terms, least)
+        sparse[layer] = make_sparse(model, small, compact_layer)
     return put_together(model, selector, selections, sparse)
 
 
-def make_sparse(
+def stays_whole(kept: Tensor, size: int, selector: Selector) -> bool:
+    """Whether a layer that keeps these of its neurons is a dense one."""
+    return kept.numel() == size and selector.active == 1
+
+
+def least_activations(
     model: ModelView,
     layer: int,
-    kept: list[Tensor],
-    terms: list[StandInTerms] | None,
-    compact_layer: Compactor[Compact],
+    kept: Sequence[Tensor],
+    recorders: Sequence[PromptRecorder],
+    selector: Selector,
+) -> list[Tensor] | None:
+    """Of each sequence, the least activations that count; None where none are skipped."""
+    if selector.active == 1:
+        return None
+    norms = model.column_norms(layer)
+    return [
+        recorder.gates(layer).least(index, norms, selector.active)
+        for recorder, index in zip(recorders, kept, strict=True)
+    ]
+
+
+def make_sparse(
+    model: ModelView, small: SmallLayer, compact_layer: Compactor[Compact]
 ) -> SparseLayer[Compact]:
-    """Make a layer smaller: the kept neurons of each sequence, and its fitted stand-in."""
-    sizes = [0] * len(kept) if terms is None else [model.stand_in_bytes(term) for term in terms]
-    return SparseLayer(compact_layer(layer, kept, terms), sizes)
+    """Make a layer smaller."""
+    sizes = [0] * len(small.kept)
+    if small.terms is not None:
+        sizes = [model.stand_in_bytes(term) for term in small.terms]
+    return SparseLayer(compact_layer(small), sizes)
 
 
 def put_together(

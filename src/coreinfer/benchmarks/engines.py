@@ -21,6 +21,7 @@ from coreinfer.errors import UserError
 from coreinfer.kernels.formats import WeightFormat
 from coreinfer.models.loading import DTYPES, load
 from coreinfer.recording import RecordingPlan
+from coreinfer.runtime.cost import bytes_per_token
 from coreinfer.selectors import Dense, Impact, Selector
 from coreinfer.standins import Linear, StandIn
 
@@ -66,7 +67,9 @@ class BackendEngine:
             dtype=self._backend.dtype,
             selector=self._selector.name,
             density=choice.core_set.density,
-            bytes_per_token=self._backend.cost.sparse(choice.core_set, choice.stand_in_bytes),
+            bytes_per_token=bytes_per_token(self._backend, self._session, self._selector, [choice])[
+                0
+            ],
         )
 
     def _chosen(self) -> Choice:
@@ -111,7 +114,7 @@ class SkippingEngine(BackendEngine):
         kept = self._chosen().core_set.layers
         shares: list[float] = []
 
-        def observe(layer: int, _x: Tensor, h: Tensor) -> Tensor | None:
+        def observe(layer: int, _x: Tensor, h: Tensor, _gates: Tensor) -> Tensor | None:
             h = h[:, kept[layer].long()] if layer in kept else h
             shares.append(float((h == 0).float().mean()))
             return None

@@ -25,8 +25,8 @@ STAND_IN_NAMES = ("none", "mean", "linear", "calibrated")
 
 # Options of the selection, by the field they set: what is given but not used is pointed out.
 SELECTION = (
-    "alpha", "beta", "gamma", "dense_layers", "budgets", "count_bos", "clusters", "calibration",
-    "mode", "prior_tokens", "min_stability", "min_similarity", "seed",
+    "alpha", "beta", "gamma", "dense_layers", "budgets", "active", "count_bos", "clusters",
+    "calibration", "mode", "prior_tokens", "min_stability", "min_similarity", "seed",
 )  # fmt: skip
 
 
@@ -124,6 +124,13 @@ def add_selection_options(parser: argparse.ArgumentParser, *, one_rule: bool = T
         metavar="LIST",
         help="fraction to keep of single layers, above 0 to 1 each, as in 0-5=0.8,6=0.3 "
         "(default: none)",
+    )
+    group.add_argument(
+        "--active",
+        type=number,
+        metavar="F",
+        help="fraction of a sparse layer's core neurons that a token computes whole, above 0 to 1; "
+        "of the others, whose activation turns out small, the gate alone is read (default: 1)",
     )
     group.add_argument(
         "--clusters",
@@ -269,8 +276,8 @@ def selector_from(args: argparse.Namespace, *, quiet: bool = False) -> Selector:
         if name in given:
             require_ratio(name, given[name])
     if args.core_set is not None:
-        _point_out(given.keys() - {"seed"}, "--core-set")
-        return Fixed(core_set=CoreSet.load(args.core_set))
+        _point_out(given.keys() - {"seed", "active"}, "--core-set")
+        return Fixed(core_set=CoreSet.load(args.core_set), active=given.get("active", 1.0))
     rule = SELECTORS[args.selector]
     takes: dict[str, Any] = {field.name: field for field in fields(rule)}
     if rule.keep_name != "beta":

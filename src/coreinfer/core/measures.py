@@ -43,6 +43,9 @@ def kl_by_token(dense: Tensor, sparse: Tensor) -> Tensor:
     return kl_div(sparse, dense, reduction="none", log_target=True).sum(dim=-1)
 
 
+THRESHOLD_BYTES = 4  # a neuron, float32: what its activation is compared with
+
+
 @dataclass(frozen=True)
 class ReadCost:
     """Bytes of weights that decoding one token reads.
@@ -52,11 +55,14 @@ class ReadCost:
             each embedding table, the MLPs' output biases.
         per_neuron: for each layer, the bytes of one neuron's weights and biases.
         num_neurons: for each layer, D.
+        behind_gate: for each layer, those of a neuron's bytes that a token does not read that skips
+            it (`coreinfer.core.skipping`).
     """
 
     shared: int
     per_neuron: tuple[int, ...]
     num_neurons: tuple[int, ...]
+    behind_gate: tuple[int, ...] = ()
 
     @property
     def mlp(self) -> int:
@@ -71,6 +77,19 @@ class ReadCost:
         """Bytes with the neurons of `core_set` alone, plus `stand_in` bytes of its stand-in."""
         kept = sum(size * core_set.kept(layer) for layer, size in enumerate(self.per_neuron))
         return self.shared + kept + stand_in
+
+    def neuron(self, layer: int, active: float = 1.0) -> float:
+        """Bytes of a core neuron of a layer, where a token computes `active` of them whole."""
+        if active == 1:
+            return self.per_neuron[layer]
+        return self.per_neuron[layer] + THRESHOLD_BYTES - (1 - active) * self.behind_gate[layer]
+
+    def skipped(self, core_set: CoreSet, active: float) -> float:
+        """Bytes that a token is spared which computes `active` of the core neurons whole."""
+        return sum(
+            (self.per_neuron[layer] - self.neuron(layer, active)) * len(kept)
+            for layer, kept in core_set.layers.items()
+        )
 
     def ceiling(self, keep: float) -> float:
         """The speed-up that reading `keep` of every MLP allows at most (bytes dense / sparse)."""

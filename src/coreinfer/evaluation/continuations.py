@@ -15,6 +15,7 @@ from coreinfer.backends.base import Backend
 from coreinfer.core.measures import kl_by_token
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
+from coreinfer.runtime.cost import bytes_per_token
 from coreinfer.runtime.generation import Prefilled, prefill
 from coreinfer.runtime.scoring import continuation_logits
 from coreinfer.selectors import Dense, Selector
@@ -164,11 +165,12 @@ def measure(
             choices = fork.session.select(setting.selector, setting.stand_in)
             sparse = dense if name == "dense" else _distributions(fork, continuations)
             quality = results[name]
+            quality.bytes_per_token += bytes_per_token(
+                backend, fork.session, setting.selector, choices
+            )
             for row, choice in enumerate(choices):
                 _add(quality, dense[row], sparse[row], continuations[row][1:])
                 quality.density.append(choice.core_set.density)
-                cost = backend.cost.sparse(choice.core_set, choice.stand_in_bytes)
-                quality.bytes_per_token.append(cost)
         yield results
 
 
@@ -193,6 +195,7 @@ def widest(settings: Iterable[Setting]) -> RecordingPlan:
         input_sums=any(plan.input_sums for plan in plans),
         sample_tokens=max(samples, default=None),
         calibration=next(iter(calibrations), None),
+        gates=any(plan.gates for plan in plans),
     )
 
 

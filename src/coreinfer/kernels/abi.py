@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 PATHS = ("portable", "avx2", "avx512")
 
 _pointer = ctypes.c_void_p
@@ -30,6 +30,7 @@ class Mlp(ctypes.Structure):
         ("up", Matrix),
         ("down", Matrix),
         ("in_bias", _pointer),
+        ("least", _pointer),
         ("gated", ctypes.c_int32),
         ("by_neuron", ctypes.c_int32),
     )
@@ -98,5 +99,6 @@ class Row(ctypes.Structure):
         ("layer_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),
         ("token_stride", ctypes.c_int64),
+        ("skipped", _pointer),
         ("cache_bfloat16", ctypes.c_int32),
     )

@@ -90,5 +90,6 @@ def _row(row: Row) -> abi.Row:
         keys.data_ptr(),
         values.data_ptr(),
         *keys.stride()[:3],
+        None if row.skipped is None else row.skipped.data_ptr(),
         int(keys.dtype == torch.bfloat16),
     )

@@ -99,7 +99,9 @@ def _attend(
 
 def _mlp(weights: DecoderWeights, row: Row, index: int, x: Tensor) -> Tensor:
     """[1, d]."""
-    y, _ = mlp_twin(row.plan.mlps[index], x[None], weights.activation)
+    y, _, skipped = mlp_twin(row.plan.mlps[index], x[None], weights.activation)
+    if row.skipped is not None:
+        row.skipped.add_(skipped)
     stand_in = row.plan.stand_ins[index]
     return y if stand_in is None else y + stand_in_twin(stand_in, x[None])
 

@@ -9,8 +9,9 @@ Records (formats.py) are rows. A product y = W x reads a tile of 16 rows at once
 - The down projection (`PackedDown`) is stored a column a neuron; a tile is 16 outputs:
   [neurons / n][16 outputs][4 bytes] with n = 2, 4 or 8 neurons; int4 byte j holds neuron j in its
   low and neuron j + 4 in its high half. After all tiles: scales [groups][neurons], then minima.
-  With `by_neuron` it is the records themselves, so that a neuron that is exactly zero (ReLU) is
-  not read at all. Gated, its up row is then a record too, read where the gate is not zero.
+  With `by_neuron` it is the records themselves, so that a neuron that is exactly zero (ReLU), or
+  whose activation is too small to count, is not read at all. Gated, its up row is then a record
+  too, read where the gate is not zero.
 
 Rows, neurons and outputs are padded to 16 with zeros. `coreinfer.kernels.packing` makes both, in
 native code or with the torch twins that define these layouts, in `coreinfer.kernels.packing_twin`.
@@ -77,6 +78,8 @@ class PackedMlp:
         into: [K16, d] or, gated, [2 * K16, d]: tiles of gate and up alternate; K16 = padded(K).
         in_bias: float32 [K16], zeros in the padding; None where there is none.
         up: the up rows of a gated MLP by neuron, whose `into` is then the gate's [K16, d] alone.
+        least: float32 [K16], stored by neuron alone: a neuron whose activation (gated: of the gate)
+            is of smaller magnitude counts as zero, and is skipped as such.
     """
 
     into: Packed
@@ -84,6 +87,7 @@ class PackedMlp:
     gated: bool
     in_bias: Tensor | None = None
     up: PackedDown | None = None
+    least: Tensor | None = None
 
     @property
     def num_neurons(self) -> int:
@@ -93,9 +97,10 @@ class PackedMlp:
     @property
     def num_bytes(self) -> int:
         """Bytes that a product reads, if no neuron is skipped."""
-        bias = 0 if self.in_bias is None else 4 * self.in_bias.numel()
+        vectors = (self.in_bias, self.least)
+        floats = 4 * sum(vector.numel() for vector in vectors if vector is not None)
         up = 0 if self.up is None else self.up.data.numel()
-        return self.into.num_bytes + up + self.down.data.numel() + bias
+        return self.into.num_bytes + up + self.down.data.numel() + floats
 
 
 def tile_bytes(form: WeightFormat, columns: int) -> int:

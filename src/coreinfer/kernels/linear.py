@@ -140,6 +140,7 @@ def abi_mlp(packed: PackedMlp) -> AbiMlp:
         Matrix() if up is None else _matrix(up.data, up.outputs, up.neurons, up.format),
         _matrix(down.data, down.outputs, down.neurons, down.format),
         None if packed.in_bias is None else packed.in_bias.data_ptr(),
+        None if packed.least is None else packed.least.data_ptr(),
         int(packed.gated),
         int(down.by_neuron),
     )

@@ -12,7 +12,7 @@ the core set: y[G] = sum_n a[n, G] q[n, G]; for int4, whose q are not centred, i
 y[G] = sum_n a[n, G] (q[n, G] - 8) + sum_n h_n (minimum[n, G] + 8 scale[n, G]), the second sum not
 rounded, so that the rounding meets numbers around zero. Stored by neuron (ReLU models) it is an
 exact float32 sum over the neurons that are not zero, and a gated MLP's up rows meet exact float32
-inputs for these neurons.
+inputs for these neurons. Activations (gated: of the gate) below their `least` count as zero there.
 """
 
 from __future__ import annotations
@@ -96,17 +96,24 @@ def activate(x: Tensor, activation: str) -> Tensor:
     raise UserError(f"no activation {activation!r}; one of {', '.join(ACTIVATIONS)} would do")
 
 
-def mlp_twin(mlp: PackedMlp, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """y [B, d] and h [B, K] of x [B, d]: h = act(gate x) * up x, or act(fc1 x + bias)."""
+def mlp_twin(mlp: PackedMlp, x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The product [B, d] with x [B, d], of h [B, K], and how many neurons were too small [B].
+
+    h = act(gate x) * up x, or act(fc1 x + bias). Where small activations count as zero, the last is
+    the number of zeros, else it is 0.
+    """
     z = linear_twin(mlp.into, x)
     if mlp.in_bias is not None:
         z = z + mlp.in_bias
-    if mlp.up is not None:
-        h = activate(z, activation)[:, : mlp.num_neurons] * (x @ unpack_records(mlp.up).t())
-    elif mlp.gated:  # tiles of gate and up alternate
+    skipped = torch.zeros(len(x), dtype=torch.int64)
+    if mlp.gated and mlp.up is None:  # tiles of gate and up alternate
         gate, up = z.unflatten(1, (-1, 2, TILE)).unbind(2)
-        h = activate(gate, activation).flatten(1) * up.flatten(1)
+        h = (activate(gate, activation) * up).flatten(1)[:, : mlp.num_neurons]
     else:
-        h = activate(z, activation)
-    h = h[:, : mlp.num_neurons]
-    return down_twin(mlp.down, h), h
+        h = activate(z, activation)[:, : mlp.num_neurons]
+        if mlp.least is not None:
+            h = torch.where(h.abs() < mlp.least[: mlp.num_neurons], 0.0, h)
+            skipped = (h == 0).sum(dim=1)
+        if mlp.up is not None:
+            h = h * (x @ unpack_records(mlp.up).t())
+    return down_twin(mlp.down, h), h, skipped

@@ -276,6 +276,7 @@ class Row:
         position: for RoPE or the learned positions (offset included).
         length: tokens in the cache before it; its key and value are written there. Rows of the same
             sequence with length, length + 1, ... in one step see each other causally.
+        skipped: int64 [1] or None; a step adds the neurons that it skipped for being small.
     """
 
     token: int
@@ -283,3 +284,4 @@ class Row:
     length: int
     plan: Plan
     cache: KeyValueCache
+    skipped: Tensor | None = None

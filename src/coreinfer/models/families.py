@@ -19,15 +19,22 @@ class MlpFamily:
             gated MLP (gate, up), one for a plain or a fused one.
         output: the linear that reads h, the down projection.
         fused: the single input linear stacks gate and up, [2 D, d].
+        activation: of a gated MLP, the module that its gate goes through.
     """
 
     layers: str
     inputs: tuple[str, ...]
     output: str
     fused: bool = False
+    activation: str | None = None
 
 
-_GATED = MlpFamily("model.layers", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+_GATED = MlpFamily(
+    "model.layers",
+    ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj",
+    activation="mlp.act_fn",
+)
 
 # Keyed by `config.model_type`, as transformers spells it.
 FAMILIES: Mapping[str, MlpFamily] = MappingProxyType(
@@ -40,7 +47,13 @@ FAMILIES: Mapping[str, MlpFamily] = MappingProxyType(
         "gemma": _GATED,
         "gemma2": _GATED,
         "gemma3_text": _GATED,
-        "phi3": MlpFamily("model.layers", ("mlp.gate_up_proj",), "mlp.down_proj", fused=True),
+        "phi3": MlpFamily(
+            "model.layers",
+            ("mlp.gate_up_proj",),
+            "mlp.down_proj",
+            fused=True,
+            activation="mlp.activation_fn",
+        ),
         "opt": MlpFamily("model.decoder.layers", ("fc1",), "fc2"),
         "gpt2": MlpFamily("transformer.h", ("mlp.c_fc",), "mlp.c_proj"),
         "gpt_neox": MlpFamily("gpt_neox.layers", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),

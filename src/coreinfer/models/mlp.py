@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,25 @@ class MlpLayer:
     inputs: tuple[Linear, ...]
     output: Linear
     fused: bool
+    activation: Callable[[Tensor], Tensor] | None = None  # of the gate; None where there is none
+
+    def gates(self, first: Tensor, h: Tensor) -> Tensor:
+        """What is known of the neurons before the rest is read: act(gate x), or h, [.., K].
+
+        Args:
+            first: output of the first input linear, [.., K], fused [.., 2 K].
+            h: what it became.
+        """
+        if self.activation is None:
+            return h
+        return self.activation(first[..., : h.shape[-1]])
+
+    def bytes_behind_gate(self) -> int:
+        """Bytes of one neuron's weights that are read once its gate is known."""
+        size = self.output.weight.element_size()
+        gated = self.activation is not None
+        bias = gated and any(linear.bias is not None for linear in self.inputs)
+        return (self.hidden_size * (2 if gated else 1) + bias) * size
 
     @property
     def num_neurons(self) -> int:
@@ -114,12 +133,17 @@ def mlp_layers(model: PreTrainedModel) -> tuple[MlpLayer, ...]:
             "itself, without a wrapper (AutoModelForCausalLM)"
         ) from None
     assert isinstance(layers, nn.ModuleList)
+
+    def activation(layer: nn.Module) -> nn.Module | None:
+        return None if family.activation is None else layer.get_submodule(family.activation)
+
     return tuple(
         MlpLayer(
             index=i,
             inputs=tuple(linear(layer, path) for path in family.inputs),
             output=linear(layer, family.output),
             fused=family.fused,
+            activation=activation(layer),
         )
         for i, layer in enumerate(layers)
     )
@@ -149,7 +173,12 @@ def read_cost(model: PreTrainedModel, layers: tuple[MlpLayer, ...]) -> ReadCost:
     per_neuron = tuple(layer.neuron_bytes() for layer in layers)
     num_neurons = tuple(layer.num_neurons for layer in layers)
     mlp = sum(a * b for a, b in zip(per_neuron, num_neurons, strict=True))
-    return ReadCost(shared=total - mlp, per_neuron=per_neuron, num_neurons=num_neurons)
+    return ReadCost(
+        shared=total - mlp,
+        per_neuron=per_neuron,
+        num_neurons=num_neurons,
+        behind_gate=tuple(layer.bytes_behind_gate() for layer in layers),
+    )
 
 
 def fingerprint(model: PreTrainedModel, layers: tuple[MlpLayer, ...]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from coreinfer.backends.base import Backend, Session
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
+from coreinfer.runtime.cost import bytes_per_token
 from coreinfer.runtime.records import GenerationRecord, Piece, peak_memory_bytes
 from coreinfer.runtime.sampling import Sampler, SamplingParams
 from coreinfer.runtime.text import TextStream
@@ -141,6 +142,7 @@ def continue_from(
             if text:
                 yield Piece(index, text)
         began = perf_counter()
+    read_a_token = bytes_per_token(backend, session, selector, choices)
     for index, (answer, choice) in enumerate(zip(answers, choices, strict=True)):
         core_set = choice.core_set
         rest = sum(seconds[1 : len(answer.tokens)])
@@ -153,11 +155,12 @@ def continue_from(
             selector=selector.name,
             alpha=selector.counting_alpha,
             beta=selector.beta if selector.keep_name == "beta" else None,
+            active=selector.active,
             gamma=getattr(selector, "gamma", None),
             stand_in="none" if stand_in is None else stand_in.name,
             dense_layers=[i for i in range(core_set.num_layers) if i not in core_set.layers],
             density=core_set.density,
-            bytes_per_token=backend.cost.sparse(core_set, choice.stand_in_bytes),
+            bytes_per_token=read_a_token[index],
             dense_bytes_per_token=backend.cost.dense,
             prefill_s=read.seconds,
             select_s=select_s,

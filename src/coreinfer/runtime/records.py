@@ -30,6 +30,7 @@ class GenerationRecord:
     selector: str
     alpha: float | None
     beta: float | None
+    active: float
     gamma: float | None
     stand_in: str
     dense_layers: list[int]

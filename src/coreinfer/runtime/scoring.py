@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coreinfer.backends.base import Backend, Choice, Phase, Session
+from coreinfer.backends.base import Backend, Phase, Session
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
+from coreinfer.runtime.cost import bytes_per_token
 from coreinfer.runtime.generation import Prefilled, prefill
 from coreinfer.runtime.text import encode_pair
 from coreinfer.selectors import Selector
@@ -29,15 +30,20 @@ class Score:
         num_tokens: how many there are.
         greedy: whether each of them is the argmax after those before it.
         density: kept neurons / all neurons that its tokens were computed with.
+        bytes_per_token: weights read to decode one of them.
     """
 
     logprob: float
     num_tokens: int
     greedy: bool
     density: float
+    bytes_per_token: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What `coreinfer score` prints."""
+        found = asdict(self)
+        del found["bytes_per_token"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -89,40 +95,31 @@ def score(
         RecordingPlan.of(selector, stand_in),
         [pair.text for pair in pairs],
     )
-    scored = score_choices(read, [[pair.continuation] for pair in pairs], selector, stand_in)
-    return [scores[0] for scores in scored.scores]
-
-
-@dataclass(frozen=True)
-class ScoredChoices:
-    """Several continuations of each context, scored from one prefill.
-
-    Attributes:
-        selected: what was selected for each context (for its first continuation, where the rule
-            looks at the continuation).
-        scores: of each context, a score for each of its continuations.
-    """
-
-    selected: list[Choice]
-    scores: list[list[Score]]
+    wanted = [[pair.continuation] for pair in pairs]
+    scored = score_choices(backend, read, wanted, selector, stand_in)
+    return [scores[0] for scores in scored]
 
 
 def score_choices(
+    backend: Backend,
     read: Prefilled,
     continuations: Sequence[Sequence[Sequence[int]]],
     selector: Selector,
     stand_in: StandIn | None = None,
-) -> ScoredChoices:
+) -> list[list[Score]]:
     """Score one or more continuations of each context that was read, with one core set for all.
 
     Args:
+        backend: the model.
         read: the contexts, prefilled for this selector and stand-in; its session has the core
             neurons selected afterwards, and stays where it is.
         continuations: of each context, at least one, none of them empty.
         selector, stand_in: the rule, and what takes the place of the dropped neurons.
+
+    Returns:
+        Of each context, a score for each of its continuations.
     """
     selected = None if selector.needs_future else read.session.select(selector, stand_in)
-    first: list[Choice] | None = selected
     scores: list[list[Score]] = [[] for _ in continuations]
     for column in range(max(len(row) for row in continuations)):
         # A context with fewer continuations repeats its last one, to be dropped below.
@@ -132,16 +129,17 @@ def score_choices(
         if choices is None:
             fork.session.look_ahead(tokens)
             choices = fork.session.select(selector, stand_in)
-            first = first or choices
-        for row, score_ in enumerate(_scores(fork, tokens, choices)):
+        found = _logprobs(fork, tokens)
+        read_a_token = bytes_per_token(backend, fork.session, selector, choices)
+        for row, (logprob, greedy) in enumerate(found):
             if column < len(continuations[row]):
-                scores[row].append(score_)
-    return ScoredChoices(first or [], scores)
+                density, size = choices[row].core_set.density, read_a_token[row]
+                scores[row].append(Score(logprob, len(tokens[row]), greedy, density, size))
+    return scores
 
 
-def _scores(
-    read: Prefilled, continuations: Sequence[Sequence[int]], choices: Sequence[Choice]
-) -> list[Score]:
+def _logprobs(read: Prefilled, continuations: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+    """Of each continuation, and whether it is the greedy one."""
     logprobs = [0.0] * len(continuations)
     greedy = [True] * len(continuations)
     for start, logits in continuation_logits(read, continuations):
@@ -151,12 +149,7 @@ def _scores(
             chosen = given.log_softmax(dim=-1).gather(-1, here.unsqueeze(-1))
             logprobs[row] += float(chosen.double().sum())
             greedy[row] &= bool((given.argmax(dim=-1) == here).all())
-    return [
-        Score(logprob, len(tokens), is_greedy, choice.core_set.density)
-        for logprob, tokens, is_greedy, choice in zip(
-            logprobs, continuations, greedy, choices, strict=True
-        )
-    ]
+    return list(zip(logprobs, greedy, strict=True))
 
 
 def continuation_logits(

@@ -43,6 +43,9 @@ class Selector(ABC):
         beta: fraction of each sparse layer's neurons to keep, in (0, 1].
         dense_layers: layers that keep all their neurons.
         budgets: fraction to keep for single layers, where it differs from beta.
+        active: fraction of a sparse layer's core neurons that a token computes whole, in (0, 1],
+            mean over tokens like the prompt's: of the others, whose activation turns out small at
+            this token, the gate alone is read (`coreinfer.core.skipping`).
         count_bos: let the beginning-of-sequence token count (an attention sink; by default it
             counts only when the prompt is nothing else).
 
@@ -53,6 +56,7 @@ class Selector(ABC):
     beta: float = 0.4
     dense_layers: tuple[int, ...] = ()
     budgets: Mapping[int, float] = field(default_factory=dict)
+    active: float = 1.0
     count_bos: bool = False
 
     name: ClassVar[str]
@@ -67,6 +71,7 @@ class Selector(ABC):
         require_ratio("beta", self.beta)
         _check_dense_layers(self.dense_layers)
         _check_budgets(self.budgets)
+        require_ratio("active", self.active)
         _check_flag("count_bos", self.count_bos)
 
     @property

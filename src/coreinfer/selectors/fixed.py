@@ -33,4 +33,5 @@ class Fixed(Selector):
         return (statistics.square_sum,)
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "core_set": dict(self.core_set.selector)}
+        chosen = {"name": self.name, "core_set": dict(self.core_set.selector)}
+        return chosen if self.active == 1 else {**chosen, "active": self.active}

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from coreinfer.core.statistics import column_sum
+from coreinfer.core.tokens import spread_order
 from coreinfer.standins.down import DownProjection
-
-# 2^64 / golden ratio, as a signed 64-bit integer: multiples of it spread evenly.
-_GOLDEN = -7046029254386353131
 
 
 @dataclass
@@ -60,7 +58,7 @@ class LayerSample:
         """What is sampled of these tokens, in order; the others are added up."""
         if len(positions) <= self.capacity:
             return _compact(x), _compact(h), positions
-        order = torch.argsort(positions * _GOLDEN)
+        order = spread_order(positions)
         kept, left = order[: self.capacity].sort().values, order[self.capacity :]
         others = column_sum(h[left])
         self._others_sum = others if self._others_sum is None else self._others_sum + others

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coreinfer.backends import choose as shared
-from coreinfer.backends.choose import Chosen, evidence_of
+from coreinfer.backends.choose import Chosen, SmallLayer, evidence_of
 from coreinfer.backends.hf.compact import CompactMlp, compact_mlp
 from coreinfer.core.measures import ReadCost
 from coreinfer.models.mlp import MlpLayer, fingerprint, mlp_layers, read_cost
@@ -83,7 +83,7 @@ def choose(
         UserError: if the selector does not fit the model.
     """
 
-    def compact(layer: int, kept: list[Tensor], terms: list[StandInTerms] | None) -> CompactMlp:
-        return compact_mlp(anatomy.layers[layer], kept, terms)
+    def compact(small: SmallLayer) -> CompactMlp:
+        return compact_mlp(anatomy.layers[small.layer], small.kept, small.terms, small.least)
 
     return shared.choose(anatomy, recorders, evidence, selector, stand_in, compact)

@@ -55,6 +55,30 @@ class GroupedLinear:
         return self.weight[group]
 
 
+@dataclass
+class Skip:
+    """Leaves out, token by token, the core neurons whose activation is small.
+
+    It is computed with zeros here, where nothing is saved: the native backend does not read them.
+
+    Attributes:
+        layer: what tells the activations.
+        least: of each of G groups of rows, the least magnitude that counts, [G, K].
+        skipped: of the last pass, how many were left out at each token, [B * T].
+    """
+
+    layer: MlpLayer
+    least: Tensor
+    skipped: Tensor | None = None
+
+    def __call__(self, h: Tensor, first: Tensor) -> Tensor:
+        """h [..., K], and the output of the first input linear -> h with zeros."""
+        rows = self.layer.gates(first, h).reshape(self.least.shape[0], -1, h.shape[-1])
+        small = (rows.abs() < self.least.unsqueeze(1)) | (rows == 0)
+        self.skipped = small.sum(dim=-1).flatten()
+        return h.masked_fill(small.reshape(h.shape), 0.0)
+
+
 @dataclass(frozen=True)
 class CompactMlp:
     """One MLP layer cut down to its core neurons, plus the stand-in for the others."""
@@ -63,17 +87,22 @@ class CompactMlp:
     output: SmallLinear | GroupedLinear
     left: SmallLinear | GroupedLinear | None = None
     right: SmallLinear | GroupedLinear | None = None
+    skip: Skip | None = None
 
-    def project(self, h: Tensor, x: Tensor) -> Tensor:
-        """h [..., K] and the MLP's input x [..., d] -> the MLP's output [..., d]."""
-        y = self.output(h)
+    def project(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
+        """h [..., K], the MLP's input x [..., d] and what the first of `inputs` made of it -> the
+        MLP's output [..., d]."""
+        y = self.output(h if self.skip is None else self.skip(h, first))
         if self.left is not None and self.right is not None:
             y = y + self.left(self.right(x))
         return y
 
 
 def compact_mlp(
-    layer: MlpLayer, kept: Sequence[Tensor], terms: Sequence[StandInTerms] | None
+    layer: MlpLayer,
+    kept: Sequence[Tensor],
+    terms: Sequence[StandInTerms] | None,
+    least: Sequence[Tensor] | None = None,
 ) -> CompactMlp:
     """Gather the weights of the kept neurons, one copy a group.
 
@@ -82,6 +111,7 @@ def compact_mlp(
         kept: for each group its sorted neuron indices, [K] each.
         terms: for each group its stand-in, or None. Its offset joins the output bias, so a
             constant stand-in costs no further operation.
+        least: for each group the least activation of each kept neuron that counts, [K], or None.
     """
     device = layer.output.weight.device
     kept = [index.long().to(device) for index in kept]
@@ -110,7 +140,10 @@ def compact_mlp(
             left, right = _linear(lefts, None), _linear(rights, None)
     down = [layer.output.weight.index_select(1, i).contiguous() for i in kept]
     inputs = tuple(rows(linear) for linear in layer.inputs)
-    return CompactMlp(inputs, _linear(down, biases), left, right)
+    skip = None
+    if least is not None:
+        skip = Skip(layer, torch.stack([one.to(device) for one in least]))
+    return CompactMlp(inputs, _linear(down, biases), left, right, skip)
 
 
 def _linear(

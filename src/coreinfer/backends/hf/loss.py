@@ -58,8 +58,8 @@ class _Nudged:
         self._compact = compact
         self.x = self.nudge = torch.empty(0)
 
-    def project(self, h: Tensor, x: Tensor) -> Tensor:
-        y = self._compact.project(h, x)
+    def project(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
+        y = self._compact.project(h, x, first)
         self.x, self.nudge = x.detach(), torch.zeros_like(y, requires_grad=True)
         return y + self.nudge
 

@@ -16,6 +16,7 @@ from coreinfer.backends.hf.choose import Anatomy, choose
 from coreinfer.backends.hf.compact import CompactMlp
 from coreinfer.backends.hf.switch import Observer, SmallMlp, Switchboard
 from coreinfer.backends.recorded import Recorded
+from coreinfer.backends.spared import Spared
 from coreinfer.core.measures import ReadCost
 from coreinfer.errors import UserError
 from coreinfer.recording import BatchWindows, PromptRecorder, RecordingPlan
@@ -119,6 +120,7 @@ class HfSession:
         self._cache = DynamicCache(config=backend.model.config)
         self._mask = torch.zeros(0, 0, dtype=torch.bool)  # [B, tokens so far], true at real ones
         self._compact: dict[int, CompactMlp] = {}
+        self._spared = Spared.nothing(0)
 
     @property
     def length(self) -> int:
@@ -130,6 +132,7 @@ class HfSession:
     ) -> Tensor:
         if self._recorded.begin(token_ids, texts):
             self._mask = torch.zeros(len(token_ids), 0, dtype=torch.bool)
+            self._spared = Spared.nothing(len(token_ids))
         return self._record(token_ids, self._recorded.recorders, self._recorded.windows)
 
     def look_ahead(self, token_ids: Sequence[Sequence[int]]) -> None:
@@ -144,11 +147,29 @@ class HfSession:
             recorders = self._recorded.recorders
             chosen = choose(self._backend.anatomy, recorders, self.evidence(), selector, stand_in)
         self._compact = chosen.compact
+        self._spared = Spared.nothing(len(chosen.choices))
         return chosen.choices
 
     @torch.no_grad()
     def decode(self, token_ids: Sequence[Sequence[int]], phase: Phase = Phase.DECODE) -> Tensor:
-        return self.decode_with(self._compact, token_ids)
+        logits = self.decode_with(self._compact, token_ids)
+        lengths = [len(row) for row in token_ids]
+        self._spared = self._spared.plus(self._just_spared(lengths), lengths)
+        return logits
+
+    def spared(self) -> list[float | None]:
+        return self._spared.means
+
+    def _just_spared(self, lengths: Sequence[int]) -> list[float]:
+        """Bytes that the last pass did not need of the rows' first tokens, so many a row."""
+        if not max(lengths):
+            return [0.0] * len(lengths)
+        left_out = torch.zeros(len(lengths), max(lengths), dtype=torch.float64)
+        for layer, compact in self._compact.items():
+            if compact.skip is not None and compact.skip.skipped is not None:
+                skipped = compact.skip.skipped.reshape(left_out.shape).cpu()
+                left_out += skipped * self._backend.cost.behind_gate[layer]
+        return [float(row[:length].sum()) for row, length in zip(left_out, lengths, strict=True)]
 
     def decode_with(
         self, small: Mapping[int, SmallMlp], token_ids: Sequence[Sequence[int]]
@@ -199,12 +220,15 @@ class HfSession:
             chunk, real = ids[:, start : start + size], mask[:, start : start + size]
             seen = windows.advance(real, chunk)
 
-            def observe(layer: int, x: Tensor, h: Tensor) -> None:
-                x = x.reshape(*chunk.shape, -1)  # noqa: B023  # called before the loop moves on
-                h = h.reshape(*chunk.shape, -1)  # noqa: B023
+            def observe(layer: int, x: Tensor, h: Tensor, first: Tensor) -> None:
+                parts = [x, h]
+                if recorders[0].plan.gates:
+                    parts.append(self._backend.anatomy.layers[layer].gates(first, h))
+                shape = chunk.shape  # noqa: B023  # called before the loop moves on
+                parts = [part.reshape(*shape, -1) for part in parts]
                 for row, window in enumerate(seen):  # noqa: B023
                     columns = window.columns.to(h.device)
-                    recorders[row].observe(layer, x[row, columns], h[row, columns], window)
+                    recorders[row].observe(layer, window, *(p[row, columns] for p in parts))
 
             logits = self._forward(chunk, real, observe=observe)
         return logits[:, -1]

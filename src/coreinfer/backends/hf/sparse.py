@@ -215,15 +215,18 @@ class SparseRun:
             )
         return recording
 
-    def _observe(self, layer: int, x: Tensor, h: Tensor) -> None:
+    def _observe(self, layer: int, x: Tensor, h: Tensor, first: Tensor) -> None:
         now, recording = self._pass, self._recording
         if now is None or recording is None:
             raise UserError("inside sparse(), call the model itself, not a part of it")
-        x, h = x.reshape(now.batch, now.width, -1), h.reshape(now.batch, now.width, -1)
+        parts = [x, h]
+        if recording.recorders[0].plan.gates:
+            parts.append(self._anatomy.layers[layer].gates(first, h))
+        parts = [part.reshape(now.batch, now.width, -1) for part in parts]
         rows = range(0, now.batch, self._rows_per_prompt)
         for recorder, window, row in zip(recording.recorders, now.windows, rows, strict=True):
             columns = window.columns.to(h.device)
-            recorder.observe(layer, x[row, columns], h[row, columns], window)
+            recorder.observe(layer, window, *(part[row, columns] for part in parts))
         if layer == len(self._anatomy.layers) - 1:
             self._pass = None
 

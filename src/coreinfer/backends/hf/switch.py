@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from coreinfer.models.mlp import MlpLayer
 
-# (layer index, x, h): the MLP's input and activations, [B, T, .] or flattened to [B * T, .]
-Observer = Callable[[int, Tensor, Tensor], None]
+# (layer index, x, h, first): the MLP's input, activations and the output of its first input linear,
+# [B, T, .] or flattened to [B * T, .]
+Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class SmallMlp(Protocol):
@@ -27,8 +28,9 @@ class SmallMlp(Protocol):
         """x [..., d] -> [..., K], one for each of the MLP's input linears."""
         ...
 
-    def project(self, h: Tensor, x: Tensor) -> Tensor:
-        """h [..., K] and the MLP's input x [..., d] -> the MLP's output [..., d]."""
+    def project(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
+        """h [..., K], the MLP's input x [..., d] and what the first of `inputs` made of it -> the
+        MLP's output [..., d]."""
         ...
 
 
@@ -87,6 +89,7 @@ class MlpSwitch:
         self.observer: Observer | None = None
         self.compact: SmallMlp | None = None
         self._x: Tensor | None = None
+        self._first: Tensor | None = None
         self.routes = [
             Route(linear.module, partial(self._input, position))
             for position, linear in enumerate(layer.inputs)
@@ -95,19 +98,24 @@ class MlpSwitch:
 
     def clear(self) -> None:
         """Let go of all tensors."""
-        self.observer = self.compact = self._x = None
+        self.observer = self.compact = self._x = self._first = None
 
     def _input(self, position: int, dense: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         self._x = x
-        return dense(x) if self.compact is None else self.compact.inputs[position](x)
+        y = dense(x) if self.compact is None else self.compact.inputs[position](x)
+        if position == 0:
+            self._first = y
+        return y
 
     def _output(self, dense: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
         x, self._x = self._x, None
+        first, self._first = self._first, None
         assert x is not None  # every family reads x before it makes h
+        assert first is not None
         if self.compact is not None:
-            return self.compact.project(h, x)
+            return self.compact.project(h, x, first)
         if self.observer is not None:
-            self.observer(self.layer.index, x, h)
+            self.observer(self.layer.index, x, h, first)
         return dense(h)
 
 

@@ -52,14 +52,18 @@ class Step:
     def inputs(self) -> Sequence[Callable[[Tensor], Tensor]]:
         return self.more.inputs
 
-    def project(self, h: Tensor, x: Tensor) -> Tensor:
-        rows = h.reshape(self.places.shape[0], -1, h.shape[-1])  # [G, rows, K of more]
-        places = self.places.unsqueeze(1).expand(-1, rows.shape[1], -1)
-        kept = rows.gather(-1, places).reshape(*h.shape[:-1], -1)
-        y = self.now.project(kept, x)
+    def project(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
+        y = self.now.project(self._of_now(h, h.shape[-1]), x, self._of_now(first, h.shape[-1]))
         with torch.no_grad():
-            change = self.more.project(h, x) - y
+            change = self.more.project(h, x, first) - y
         return y + self.gate.to(y.dtype) * change
+
+    def _of_now(self, y: Tensor, size: int) -> Tensor:
+        """Those of `now` among the `size` neurons of `more`, of each of the parts of y."""
+        groups = self.places.shape[0]
+        rows = y.reshape(groups, -1, y.shape[-1] // size, size)  # [G, rows, parts, K of more]
+        places = self.places[:, None, None].expand(-1, *rows.shape[1:3], -1)
+        return rows.gather(-1, places).reshape(*y.shape[:-1], -1)
 
 
 def worth(

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from coreinfer.backends.choose import Chosen, SparseLayer, check, make_sparse, others, put_together
+from coreinfer.backends.choose import (
+    Chosen,
+    SmallLayer,
+    SparseLayer,
+    check,
+    least_activations,
+    make_sparse,
+    others,
+    put_together,
+    stays_whole,
+)
 from coreinfer.backends.native.products import Products
 from coreinfer.backends.native.steps import PackedLayer, Stepper
 from coreinfer.backends.native.view import NativeView
@@ -82,19 +92,19 @@ class Ahead:
         if kept is None:
             return None
         self._kept[layer] = kept
-        if kept.numel() == size:
+        if stays_whole(kept, size, selector):
             return None
         terms, product = None, None
-        if stand_in is not None:
+        if stand_in is not None and kept.numel() < size:
             down, rest = self._view.down(layer), others(kept, size)
             product, dropped = self._products.down_in_parts(
                 h, down.records, down.size, [kept.long(), rest]
             )
             terms = [stand_in.fit(layer, self._recorder.sample(layer), down, rest, dropped)]
             product += dropped
-        self._sparse[layer] = make_sparse(
-            self._view, layer, [kept], terms, self._stepper.pack_layer
-        )
+        least = least_activations(self._view, layer, [kept], [self._recorder], selector)
+        small = SmallLayer(layer, [kept], terms, least)
+        self._sparse[layer] = make_sparse(self._view, small, self._stepper.pack_layer)
         return product
 
     def chosen(self) -> Chosen[list[PackedLayer]]:

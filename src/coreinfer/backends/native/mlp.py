@@ -10,9 +10,10 @@ from coreinfer.backends.native.products import Products
 from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.kernels.linear_twin import activate
 
-# (layer, x [N, d], h [N, D]): the MLP's input and activations, all tokens of a pass
+# (layer, x [N, d], h [N, D], gates [N, D]): the MLP's input and activations, and what is known of
+# them before they are multiplied by up (h itself where nothing is), all tokens of a pass
 # -> h W_down^T [N, d], if that was worked out on the way
-Observer = Callable[[int, Tensor, Tensor], Tensor | None]
+Observer = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 
 
 class DenseMlps:
@@ -37,11 +38,10 @@ class DenseMlps:
             products.linear(x, weights.mlp_part(layer, part), bias)
             for part in range(weights.mlp_parts - 1)
         )
-        h = activate(gate_or_fc1, weights.config.activation)
-        if up:
-            h.mul_(up[0])
+        gates = activate(gate_or_fc1, weights.config.activation)
+        h = up[0].mul_(gates) if up else gates
         bias = weights.vector(f"{name}_out_bias")
-        product = self._observe(layer, x, h)
+        product = self._observe(layer, x, h, gates)
         if product is not None:
             return product if bias is None else product.add_(bias)
         return products.down(h, weights.mlp_part(layer, -1), x.shape[1], bias)

@@ -15,6 +15,7 @@ from coreinfer.backends.native.ahead import Ahead
 from coreinfer.backends.native.cache import KvCache
 from coreinfer.backends.native.mlp import DenseMlps
 from coreinfer.backends.recorded import Recorded
+from coreinfer.backends.spared import Spared
 from coreinfer.kernels.weights import Plan
 from coreinfer.recording import BatchWindows, PromptRecorder, RecordingPlan
 from coreinfer.selectors import Selector
@@ -39,6 +40,7 @@ class NativeSession:
         self._caches: list[KvCache] = []
         self._plans: list[Plan] | None = None  # before the selection: all neurons
         self._ahead: Ahead | None = None  # what the last prefill has chosen already
+        self._spared = Spared.nothing(0)
 
     @property
     def lengths(self) -> list[int]:
@@ -52,6 +54,7 @@ class NativeSession:
         self._ahead = self._look_for(token_ids) if first else None
         if first:
             self._caches = [self._backend.new_cache() for _ in token_ids]
+            self._spared = Spared.nothing(len(token_ids))
         recorded = self._recorded
         hidden = self._record(token_ids, recorded.recorders, recorded.windows, self._ahead)
         return self._backend.stepper.logits(hidden)
@@ -83,6 +86,7 @@ class NativeSession:
             stepper.plan({layer: rows[row] for layer, rows in chosen.compact.items()})
             for row in range(len(self._caches))
         ]
+        self._spared = Spared.nothing(len(self._caches))
         return chosen.choices
 
     @torch.no_grad()
@@ -94,10 +98,16 @@ class NativeSession:
             return found
         stepper = self._backend.stepper
         plans = self._plans or [stepper.dense_plan] * len(lengths)
-        logits = stepper.decode(token_ids, self._caches, plans)
+        skipped = [torch.zeros(1, dtype=torch.int64) for _ in lengths]
+        logits = stepper.decode(token_ids, self._caches, plans, skipped)
+        size = self._backend.cost.behind_gate[0]  # all layers are alike
+        self._spared = self._spared.plus([int(count) * size for count in skipped], lengths)
         for row, part in zip(found, logits.split(lengths), strict=True):
             row[: len(part)] = part
         return found
+
+    def spared(self) -> list[float | None]:
+        return self._spared.means
 
     def fork(self) -> NativeSession:
         twin = copy.copy(self)
@@ -137,10 +147,10 @@ class NativeSession:
 
             ends = lengths.cumsum(0)
 
-            def observe(layer: int, x: Tensor, h: Tensor) -> Tensor | None:
+            def observe(layer: int, x: Tensor, h: Tensor, gates: Tensor) -> Tensor | None:
                 for row, recorder in enumerate(recorders):
                     own = slice(int(ends[row] - lengths[row]), int(ends[row]))  # noqa: B023
-                    recorder.observe(layer, x[own], h[own], seen[row])  # noqa: B023
+                    recorder.observe(layer, seen[row], x[own], h[own], gates[own])  # noqa: B023
                 return None if ahead is None else ahead.pass_layer(layer, h)
 
             mlps = DenseMlps(decoder.weights, decoder.products, observe)

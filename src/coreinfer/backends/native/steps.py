@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from coreinfer.backends.choose import SmallLayer
 from coreinfer.backends.native.cache import KvCache
 from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.kernels.arena import Arena, Mappings
@@ -26,7 +27,6 @@ from coreinfer.kernels.weights import (
     Row,
     StandInWeights,
 )
-from coreinfer.standins import StandInTerms
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,19 @@ class Stepper:
         """What a sequence decodes with that keeps all neurons."""
         return self.plan({})
 
-    def pack_layer(
-        self, layer: int, kept: Sequence[Tensor], terms: Sequence[StandInTerms] | None
-    ) -> list[PackedLayer]:
-        """The kept neurons [K] of each sequence; equal sets are packed, and later read, once."""
+    def pack_layer(self, small: SmallLayer) -> list[PackedLayer]:
+        """The core neurons of each sequence; equal sets are packed, and later read, once."""
         arena = Arena(mappings=self._mappings)
         packed: dict[bytes, PackedMlp] = {}
         layers = []
-        for row, index in enumerate(kept):
-            key = index.numpy().tobytes()
+        for row, index in enumerate(small.kept):
+            least = None if small.least is None else small.least[row]
+            key = index.numpy().tobytes() + (b"" if least is None else least.numpy().tobytes())
             if key not in packed:
-                packed[key] = self._pack_mlp(layer, index, arena)
+                packed[key] = self._pack_mlp(small.layer, index, arena, least)
             stand_in = None
-            if terms is not None:
-                term = terms[row]
+            if small.terms is not None:
+                term = small.terms[row]
                 stand_in = StandInWeights.pack(term.offset, term.left, term.right, arena)
             layers.append(PackedLayer(packed[key], stand_in))
         return layers
@@ -92,8 +91,12 @@ class Stepper:
         token_ids: Sequence[Sequence[int]],
         caches: Sequence[KvCache],
         plans: Sequence[Plan],
+        skipped: Sequence[Tensor],
     ) -> Tensor:
         """Append tokens to sequences; logits after each, all sequences' in order, [N, V].
+
+        The core neurons of each sequence that were skipped, over its tokens and all layers, are
+        added to `skipped`, int64 [1] each.
 
         Raises:
             UserError: if a sequence becomes longer than the model reads, or a token is unknown.
@@ -101,11 +104,11 @@ class Stepper:
         rows: list[Row] = []
         offset = self._weights.config.position_offset
         self._weights.config.require_tokens(token_ids)
-        for tokens, cache, plan in zip(token_ids, caches, plans, strict=True):
+        for tokens, cache, plan, count in zip(token_ids, caches, plans, skipped, strict=True):
             cache.reserve(len(tokens))
             view = KeyValueCache(cache.data[:, 0], cache.data[:, 1])
             for length, token in enumerate(tokens, start=cache.length):
-                rows.append(Row(token, length + offset, length, plan, view))
+                rows.append(Row(token, length + offset, length, plan, view, count))
         found = [
             decode_step(self._decoder, rows[start : start + MAX_ROWS])
             for start in range(0, len(rows), MAX_ROWS)
@@ -123,7 +126,9 @@ class Stepper:
             self._dense[layer] = self._pack_mlp(layer, None, self._arena)
         return self._dense[layer]
 
-    def _pack_mlp(self, layer: int, index: Tensor | None, arena: Arena) -> PackedMlp:
+    def _pack_mlp(
+        self, layer: int, index: Tensor | None, arena: Arena, least: Tensor | None = None
+    ) -> PackedMlp:
         weights = self._weights
         return pack_mlp(
             weights.tensors[f"layers.{layer}.mlp"],
@@ -132,7 +137,8 @@ class Stepper:
             gated=weights.config.gated,
             index=index,
             in_bias=weights.vector(f"layers.{layer}.mlp_in_bias"),
-            skip_zeros=self._skip_zeros,
+            skip_zeros=self._skip_zeros or least is not None,
+            least=least,
             arena=arena,
         )
 

@@ -93,10 +93,12 @@ class NativeWeights:
         mlp = [
             sizes.pop(f"layers.{i}.mlp") + sizes.pop(f"layers.{i}.mlp_in_bias", 0) for i in layers
         ]
+        behind = 2 if config.gated else 1  # rows and columns
         return ReadCost(
             shared=sum(sizes.values()),
             per_neuron=tuple(size // config.num_neurons for size in mlp),
             num_neurons=self.num_neurons,
+            behind_gate=(behind * self.format.row_bytes(config.hidden_size),) * config.num_layers,
         )
 
 

@@ -277,8 +277,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self, read: Prefilled, batch: Sequence[_Context], setting: Setting
     ) -> list[dict[str, Entry]]:
         wanted = [list(context.wanted.values()) for context in batch]
-        scored = score_choices(read, wanted, setting.selector, setting.stand_in)
-        cost = self.engine.cost
+        scored = score_choices(self.engine, read, wanted, setting.selector, setting.stand_in)
         return [
             {
                 key: {
@@ -286,11 +285,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
                     "greedy": score.greedy,
                     "tokens": score.num_tokens,
                     "density": score.density,
-                    "bytes_per_token": cost.sparse(choice.core_set, choice.stand_in_bytes),
+                    "bytes_per_token": score.bytes_per_token,
                 }
                 for key, score in zip(context.wanted, scores, strict=True)
             }
-            for context, scores, choice in zip(batch, scored.scores, scored.selected, strict=True)
+            for context, scores in zip(batch, scored, strict=True)
         ]
 
     def _generate(

@@ -1,0 +1,80 @@
+"""Skipping: core neurons whose activation is too small, at this token, to be worth the reading.
+
+A neuron's activation - gated: that of its gate - is known before the rest of its weights is read:
+the up row and the down column, or the down column alone. Where it is small they are left out
+(as CATS does, arXiv 2404.08763, with all neurons). Nothing is predicted: it was computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coreinfer.core.tokens import spread_order
+from coreinfer.kernels.statistics import activation_sums
+
+SAMPLED = 64  # tokens of a prompt whose activations are kept
+
+
+@dataclass
+class GateStatistics:
+    """What a prompt says of the gates of a layer, chunk by chunk.
+
+    The sampled tokens depend on their positions alone, not on how the prefill was cut.
+
+    Attributes:
+        positions: [n] of the sampled tokens; gates: their activations [n, D], act(gate x) or, where
+            the MLP is not gated, h itself; None before the first token.
+        square_sum: over all tokens, of what the gate is multiplied by (1 where not gated), [D]
+            float64.
+    """
+
+    positions: Tensor | None = None
+    gates: Tensor | None = None
+    square_sum: Tensor | None = None
+    tokens: int = 0
+
+    def update(self, gates: Tensor, h: Tensor, positions: Tensor) -> None:
+        """Add tokens: gates [T, D], h [T, D] = gates * up, their positions [T]."""
+        if positions.numel() == 0:
+            return
+        gates, h = gates.detach(), h.detach()
+        ups = torch.where(gates == 0, 0.0, h / gates)  # of a gate that is 0, unknown
+        square_sum = activation_sums(ups, None).square_sum
+        self.square_sum = square_sum if self.square_sum is None else self.square_sum + square_sum
+        self.tokens += positions.numel()
+        if self.positions is not None and self.gates is not None:
+            positions = torch.cat([self.positions, positions])
+            gates = torch.cat([self.gates, gates])
+        if len(positions) > SAMPLED:
+            kept = spread_order(positions)[:SAMPLED].sort().values
+            positions, gates = positions[kept], gates[kept]
+        self.positions, self.gates = positions, gates
+
+    def least(self, kept: Tensor, column_norms: Tensor, active: float) -> Tensor:
+        """The least magnitude of each kept neuron's activation that counts, [K] float32.
+
+        A neuron is worth |activation| * weight, the weight being the root mean square of what its
+        gate is multiplied by, times the root of |W_down[:, n]|_2. Over the sampled tokens and the
+        kept neurons, so large a share of these worths as `active` is at least the threshold.
+
+        Args:
+            kept: the core neurons, [K].
+            column_norms: |W_down[:, n]|_2, [D].
+            active: in (0, 1].
+
+        Raises:
+            ValueError: if no token was added.
+        """
+        if self.gates is None or self.square_sum is None:
+            raise ValueError("no token was recorded")
+        kept = kept.long()
+        weights = (self.square_sum[kept] / self.tokens).sqrt() * column_norms[kept].sqrt()
+        weights = weights.float()
+        worths = (self.gates[:, kept.to(self.gates.device)].float().abs().cpu() * weights).flatten()
+        rank = len(worths) - max(1, round(active * len(worths)))
+        threshold = float(np.partition(worths.numpy(), rank)[rank])
+        return torch.where(weights > 0, threshold / weights, torch.inf)
