@@ -152,7 +152,7 @@ def choose(
                 stand_in.fit(layer, recorder.sample(layer), model.down(layer), others(index, size))
                 for recorder, index in zip(recorders, kept, strict=True)
             ]
-        least = least_activations(model, layer, kept, recorders, selector)
+        least = least_activations(layer, kept, recorders, selector)
         small = SmallLayer(layer, kept, terms, least)
         sparse[layer] = make_sparse(model, small, compact_layer)
     return put_together(model, selector, selections, sparse)
@@ -164,7 +164,6 @@ def stays_whole(kept: Tensor, size: int, selector: Selector) -> bool:
 
 
 def least_activations(
-    model: ModelView,
     layer: int,
     kept: Sequence[Tensor],
     recorders: Sequence[PromptRecorder],
@@ -173,9 +172,8 @@ def least_activations(
     """Of each sequence, the least activations that count; None where none are skipped."""
     if selector.active == 1:
         return None
-    norms = model.column_norms(layer)
     return [
-        recorder.gates(layer).least(index, norms, selector.active)
+        recorder.gates(layer).least(index, selector.active)
         for recorder, index in zip(recorders, kept, strict=True)
     ]
 

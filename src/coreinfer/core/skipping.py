@@ -54,16 +54,15 @@ class GateStatistics:
             positions, gates = positions[kept], gates[kept]
         self.positions, self.gates = positions, gates
 
-    def least(self, kept: Tensor, column_norms: Tensor, active: float) -> Tensor:
+    def least(self, kept: Tensor, active: float) -> Tensor:
         """The least magnitude of each kept neuron's activation that counts, [K] float32.
 
-        A neuron is worth |activation| * weight, the weight being the root mean square of what its
-        gate is multiplied by, times the root of |W_down[:, n]|_2. Over the sampled tokens and the
-        kept neurons, so large a share of these worths as `active` is at least the threshold.
+        What a neuron adds at a token is |activation| times what its gate is multiplied by, of which
+        the root mean square is known. Over the sampled tokens and the kept neurons, `active` of
+        these products are as large as the threshold, or larger.
 
         Args:
             kept: the core neurons, [K].
-            column_norms: |W_down[:, n]|_2, [D].
             active: in (0, 1].
 
         Raises:
@@ -71,10 +70,9 @@ class GateStatistics:
         """
         if self.gates is None or self.square_sum is None:
             raise ValueError("no token was recorded")
-        kept = kept.long()
-        weights = (self.square_sum[kept] / self.tokens).sqrt() * column_norms[kept].sqrt()
-        weights = weights.float()
-        worths = (self.gates[:, kept.to(self.gates.device)].float().abs().cpu() * weights).flatten()
-        rank = len(worths) - max(1, round(active * len(worths)))
-        threshold = float(np.partition(worths.numpy(), rank)[rank])
-        return torch.where(weights > 0, threshold / weights, torch.inf)
+        kept = kept.long().to(self.gates.device)
+        sizes = (self.square_sum / self.tokens).sqrt().float().to(kept.device)[kept]
+        products = (self.gates[:, kept].float().abs() * sizes).flatten().cpu().numpy()
+        rank = len(products) - max(1, round(active * len(products)))
+        threshold = float(np.partition(products, rank)[rank])
+        return torch.where(sizes > 0, threshold / sizes, torch.inf).cpu()

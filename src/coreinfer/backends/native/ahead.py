@@ -102,7 +102,7 @@ class Ahead:
             )
             terms = [stand_in.fit(layer, self._recorder.sample(layer), down, rest, dropped)]
             product += dropped
-        least = least_activations(self._view, layer, [kept], [self._recorder], selector)
+        least = least_activations(layer, [kept], [self._recorder], selector)
         small = SmallLayer(layer, [kept], terms, least)
         self._sparse[layer] = make_sparse(self._view, small, self._stepper.pack_layer)
         return product
