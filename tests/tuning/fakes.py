@@ -18,7 +18,12 @@ from coreinfer.tuning.work import DENSE, Measure, Weigh
 
 NEURONS = 200
 LAYERS = 8
-COST = ReadCost(shared=10_000, per_neuron=(12,) * LAYERS, num_neurons=(NEURONS,) * LAYERS)
+COST = ReadCost(
+    shared=10_000,
+    per_neuron=(12,) * LAYERS,
+    num_neurons=(NEURONS,) * LAYERS,
+    behind_gate=(8,) * LAYERS,
+)
 PRICES = Prices(COST, offset=4, direction=8)
 # What dropping costs in each layer: the first and the last are worth most.
 WORTH = (4.0, 1.0, 0.2, 0.1, 0.1, 0.2, 0.3, 1.5)
@@ -26,10 +31,12 @@ RULES = {"stability": 1.6, "griffin": 1.2, "impact": 1.0}
 
 
 def loss_of(candidate: Candidate) -> float:
-    """KL of a candidate: a sum over layers, less with a linear stand-in of rank 16."""
+    """KL of a candidate: a sum over layers, less with a linear stand-in of rank 16, and more where
+    neurons are skipped, which with neurons as small as these saves nothing."""
     total = sum(w * (1 - keep) ** 2 for w, keep in zip(WORTH, candidate.keeps, strict=True))
     rank = candidate.fit.get("rank", 0)
-    return RULES[candidate.selector] * total * (0.6 if rank >= 16 else 1.0)
+    skipped = 1 - candidate.rule.get("active", 1.0)
+    return RULES[candidate.selector] * total * (0.6 if rank >= 16 else 1.0) * (1 + skipped)
 
 
 def quality_of(loss: float, read: int, windows: Sequence[Window]) -> Quality:
@@ -48,7 +55,9 @@ def qualities_of(task: Measure) -> dict[str, Quality]:
     for key in task.keys:
         candidate = Candidate.of_key(key)
         stand_in = PRICES.stand_in(candidate.stand_in, candidate.fit)
-        read = COST.shared + PRICES.read(candidate.keeps, stand_in)
+        read = COST.shared + PRICES.read(
+            candidate.keeps, stand_in, candidate.rule.get("active", 1.0)
+        )
         results[key] = quality_of(loss_of(candidate), read, task.windows)
     return results
 

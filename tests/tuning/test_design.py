@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +18,8 @@ from coreinfer.tuning.prices import Prices
 
 
 def planner(sizes: list[int], scales: list[float]) -> Planner:
-    cost = ReadCost(100, tuple(6 + i % 2 for i in range(len(sizes))), tuple(sizes))
+    per_neuron = tuple(6 + i % 2 for i in range(len(sizes)))
+    cost = ReadCost(100, per_neuron, tuple(sizes), tuple(size - 1 for size in per_neuron))
     keeps = (0.25, 0.5, 1.0)
     errors = [[scale * (1 - keep) ** 2 for keep in keeps] for scale in scales]
     return Planner(Prices(cost, 2, 4), LayerErrors(keeps, torch.tensor(errors).double()))
@@ -26,7 +29,10 @@ def read(planner: Planner, candidate: Candidate) -> int:
     """Bytes of the MLPs, counted neuron by neuron."""
     cost, total = planner.prices.cost, 0
     rank = candidate.fit.get("rank")
+    active = candidate.rule.get("active", 1)
     for size, neurons, keep in zip(cost.per_neuron, cost.num_neurons, candidate.keeps, strict=True):
+        if keep < 1 and active < 1:  # the gate, what it is compared with, and what is behind it
+            size = ceil(1 + 4 + active * (size - 1))
         total += size * round(keep * neurons)
         if keep < 1 and candidate.stand_in != "none":
             total += 2 + 4 * (rank or 0)
@@ -46,27 +52,30 @@ models = st.lists(st.tuples(st.integers(20, 90), st.floats(0, 10)), min_size=3, 
 )
 
 
-@given(models, profiles, st.floats(0.05, 1), st.integers(0, 5))
+@given(models, profiles, st.floats(0.05, 1), st.integers(0, 5), st.sampled_from([1.0, 0.7, 0.4]))
 def test_no_more_is_read_than_may_be_and_hardly_less(
-    made: Planner, profile: Profile, share: float, rank: int
+    made: Planner, profile: Profile, share: float, rank: int, active: float
 ) -> None:
     stand_in, fit = ("linear", {"rank": rank}) if rank else ("none", {})
     try:
-        candidate = made.candidate(Design("impact", {}, stand_in, fit, profile), share)
+        design = Design("impact", {"active": active}, stand_in, fit, profile)
+        candidate = made.candidate(design, share)
     except UserError:
         return
     cost = made.prices.cost
     budget = share * cost.mlp
     assert read(made, candidate) <= budget + 1e-6
     paid = made.prices.stand_in(stand_in, fit)
-    assert made.prices.read(candidate.keeps, paid) == read(made, candidate)
+    assert made.prices.read(candidate.keeps, paid, active) == read(made, candidate)
     assert all(0 < keep <= 1 for keep in candidate.keeps)
     assert set(range(profile.first)) <= set(candidate.dense_layers)
     # What is left over: a neuron a layer at most, and what a stand-in would have cost where a
     # layer is dense in place of all but dense.
-    assert budget - read(made, candidate) <= sum(cost.per_neuron) + (paid + 7) * len(
-        cost.per_neuron
-    )
+    pairs = zip(candidate.keeps, cost.num_neurons, strict=True)
+    if active == 1 or all(keep < (size - 1) / size for keep, size in pairs):
+        assert budget - read(made, candidate) <= sum(cost.per_neuron) + (paid + 7) * len(
+            cost.per_neuron
+        )
 
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=5), st.floats(0.001, 0.2))

@@ -84,7 +84,7 @@ def test_the_search_finds_what_is_good() -> None:
 
 def test_shares_are_given_or_searched() -> None:
     assert {share for batch in record(0.6, 24, 0) for _, share in batch} == {0.6}
-    searched = [share for batch in record(None, 40, 0) for _, share in batch]
+    searched = [share for batch in record(None, 48, 0) for _, share in batch]
     assert all(LEAST_SHARE <= share <= MOST_SHARE for share in searched)
     assert len(set(searched)) > 20
 

@@ -63,6 +63,33 @@ class Design:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a layer of a design reads, in bytes a token.
+
+    Attributes:
+        whole: where it is dense.
+        neuron: for each of its core neurons.
+        stand_in: whatever it keeps.
+        neurons: D.
+    """
+
+    whole: int
+    neuron: int
+    stand_in: int
+    neurons: int
+
+    def of(self, kept: int) -> int:
+        """With so many core neurons, all of them being a dense layer."""
+        return self.whole if kept == self.neurons else self.neuron * kept + self.stand_in
+
+    def kept(self, wanted: int) -> int:
+        """So many core neurons, at least one; all of them where a dense layer reads no more."""
+        if self.neuron * wanted + self.stand_in >= self.whole:
+            return self.neurons
+        return min(max(wanted, 1), self.neurons - 1)
+
+
+@dataclass(frozen=True)
 class Planner:
     """Makes candidates that read no more than they may.
 
@@ -85,82 +112,70 @@ class Planner:
             UserError: if so few bytes do not pay for its dense layers, its stand-in and a neuron
                 in each other layer.
         """
-        stand_in = self.prices.stand_in(design.stand_in, design.fit)
-        profile, budget = design.profile, share * self.prices.cost.mlp
+        profile, costs = design.profile, self._costs(design)
         ends = (profile.first, self.num_layers - profile.last)
         sparse = [layer for layer in range(self.num_layers) if ends[0] <= layer < ends[1]]
-        budget -= sum(self.prices.layer(n) for n in range(self.num_layers) if n not in sparse)
-        least = sum(self.prices.cost.per_neuron[layer] + stand_in for layer in sparse)
-        if budget < least or not sparse:
+        budget = share * self.prices.cost.mlp
+        budget -= sum(cost.whole for layer, cost in enumerate(costs) if layer not in sparse)
+        if budget < sum(costs[layer].of(1) for layer in sparse) or not sparse:
             raise UserError(
                 f"{share:g} of the MLPs' bytes do not pay for {self.num_layers - len(sparse)} "
                 f"dense layers and {design.stand_in} {dict(design.fit)}"
             )
         spend = self._level if profile.is_level else self._by_error
-        kept = self._topped_up(spend(profile, sparse, stand_in, budget), stand_in, budget)
+        kept = _topped_up(
+            spend(profile, {layer: costs[layer] for layer in sparse}, budget), costs, budget
+        )
         keeps = [1.0] * self.num_layers
         for layer, neurons in kept.items():
-            size = self.prices.cost.num_neurons[layer]
-            # What all but pays for the whole layer: without a stand-in that is cheaper.
-            whole = neurons * self.prices.cost.per_neuron[layer] + stand_in
-            if whole < self.prices.layer(layer):
-                keeps[layer] = round(neurons / size, DIGITS)
+            if neurons < costs[layer].neurons:
+                keeps[layer] = round(neurons / costs[layer].neurons, DIGITS)
         return Candidate(
             design.selector, tuple(keeps), dict(design.rule), design.stand_in, dict(design.fit)
         )
 
-    def _level(
-        self, profile: Profile, sparse: Sequence[int], stand_in: int, budget: float
-    ) -> dict[int, int]:
+    def _costs(self, design: Design) -> list[Cost]:
+        """Of every layer."""
+        active = float(design.rule.get("active", 1.0))
+        stand_in = self.prices.stand_in(design.stand_in, design.fit)
+        return [
+            Cost(self.prices.layer(layer), self.prices.neuron(layer, active), stand_in, neurons)
+            for layer, neurons in enumerate(self.prices.cost.num_neurons)
+        ]
+
+    def _level(self, profile: Profile, costs: Mapping[int, Cost], budget: float) -> dict[int, int]:
         """The same fraction everywhere; neurons by layer."""
-        left = budget - stand_in * len(sparse)
-        keep = min(left / sum(self.prices.layer(layer) for layer in sparse), 1.0)
-        cost = self.prices.cost
+        left = budget - sum(cost.stand_in for cost in costs.values())
+        keep = min(left / sum(cost.neuron * cost.neurons for cost in costs.values()), 1.0)
         while True:
-            kept = {layer: max(int(keep * cost.num_neurons[layer]), 1) for layer in sparse}
-            if sum(cost.per_neuron[layer] * neurons for layer, neurons in kept.items()) <= left:
-                return kept
+            kept = {layer: max(int(keep * cost.neurons), 1) for layer, cost in costs.items()}
+            if sum(costs[layer].neuron * neurons for layer, neurons in kept.items()) <= left:
+                return {layer: costs[layer].kept(neurons) for layer, neurons in kept.items()}
             keep *= 0.98  # a small layer's one neuron is more than its fraction
 
     def _by_error(
-        self, profile: Profile, sparse: Sequence[int], stand_in: int, budget: float
+        self, profile: Profile, costs: Mapping[int, Cost], budget: float
     ) -> dict[int, int]:
         """The least sum of errors."""
-        curves = [self._curve(profile, layer, stand_in) for layer in sparse]
+        curves = [self._curve(profile, layer, cost) for layer, cost in costs.items()]
         kept = {}
-        for layer, spent in zip(sparse, allocate(curves, budget), strict=True):
-            size, neurons = self.prices.cost.per_neuron[layer], self.prices.cost.num_neurons[layer]
-            dense = spent >= self.prices.layer(layer) * (1 - 1e-9)
-            kept[layer] = neurons if dense else max(int((spent - stand_in) / size + 1e-9), 1)
+        for (layer, cost), spent in zip(costs.items(), allocate(curves, budget), strict=True):
+            dense = spent >= cost.whole * (1 - 1e-9)
+            neurons = int((spent - cost.stand_in) / cost.neuron + 1e-9)
+            kept[layer] = cost.neurons if dense else cost.kept(neurons)
         return kept
 
-    def _topped_up(self, kept: dict[int, int], stand_in: int, budget: float) -> dict[int, int]:
-        """With the neurons that rounding down has left over, one a layer at most."""
-        per_neuron = self.prices.cost.per_neuron
-        left = budget - sum(
-            min(per_neuron[layer] * neurons + stand_in, self.prices.layer(layer))
-            for layer, neurons in kept.items()
-        )
-        for layer in kept:
-            more = per_neuron[layer] * (kept[layer] + 1) + stand_in
-            if per_neuron[layer] <= left and more < self.prices.layer(layer):
-                kept[layer] += 1
-                left -= per_neuron[layer]
-        return kept
-
-    def _curve(self, profile: Profile, layer: int, stand_in: int) -> Curve:
+    def _curve(self, profile: Profile, layer: int, cost: Cost) -> Curve:
         """What the profile takes the layer to lose at each number of bytes."""
-        whole, neuron = self.prices.layer(layer), self.prices.cost.per_neuron[layer]
-        size = self.prices.cost.num_neurons[layer]
         weight = exp(profile.weight(layer, self.num_layers))
-        points = {float(neuron + stand_in): self._error(profile.spread, layer, 1 / size)}
+        points = {float(cost.of(1)): self._error(profile.spread, layer, 1 / cost.neurons)}
         for keep in self.errors.keeps:
-            bytes_ = keep * whole + stand_in
-            if neuron + stand_in < bytes_ < whole:
+            bytes_ = keep * cost.neurons * cost.neuron + cost.stand_in
+            if cost.of(1) < bytes_ < cost.whole:
                 points[bytes_] = self._error(profile.spread, layer, keep)
-        points[float(whole)] = 0.0
+        points[float(cost.whole)] = 0.0
         costs = tuple(sorted(points))
-        return Curve(costs, tuple(weight * points[cost] for cost in costs)).smooth(FINENESS)
+        return Curve(costs, tuple(weight * points[at] for at in costs)).smooth(FINENESS)
 
     def _error(self, spread: float, layer: int, keep: float) -> float:
         neutral = (1 - keep) ** 2
@@ -170,3 +185,14 @@ class Planner:
             measured *= neutral / (1 - least) ** 2
         # A layer without a measurable error is not free: it is worth little.
         return float(max(measured, 1e-6) ** spread * neutral ** (1 - spread))
+
+
+def _topped_up(kept: dict[int, int], costs: Sequence[Cost], budget: float) -> dict[int, int]:
+    """With the neurons that rounding down has left over, one a layer at most."""
+    left = budget - sum(costs[layer].of(neurons) for layer, neurons in kept.items())
+    for layer, neurons in kept.items():
+        more = costs[layer].kept(neurons + 1)
+        if more == neurons + 1 < costs[layer].neurons and costs[layer].neuron <= left:
+            kept[layer] = more
+            left -= costs[layer].neuron
+    return kept

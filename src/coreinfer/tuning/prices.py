@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from coreinfer.backends.base import Backend
@@ -45,14 +46,23 @@ class Prices:
         """All neurons of a layer."""
         return self.cost.per_neuron[layer] * self.cost.num_neurons[layer]
 
+    def neuron(self, layer: int, active: float = 1.0) -> int:
+        """A core neuron of a layer, of which a token computes `active` whole."""
+        return ceil(self.cost.neuron(layer, active))
+
     def stand_in(self, name: str, fit: Mapping[str, Any]) -> int:
         """A stand-in in one layer; a map has its rank unless the prompt is shorter."""
         if name == "none":
             return 0
         return self.offset + self.direction * int(fit.get("rank", 0))
 
-    def read(self, keeps: tuple[float, ...], stand_in: int) -> int:
-        """All layers at these keeps, with the stand-in in each that is not dense."""
-        sizes = zip(self.cost.per_neuron, self.cost.num_neurons, keeps, strict=True)
-        kept = sum(size * round(keep * neurons) for size, neurons, keep in sizes)
-        return kept + stand_in * sum(keep < 1.0 for keep in keeps)
+    def read(self, keeps: tuple[float, ...], stand_in: int, active: float = 1.0) -> int:
+        """All layers at these keeps; in each that is not dense with the stand-in, and so many of
+        the neurons whole."""
+        read = 0
+        for layer, (neurons, keep) in enumerate(zip(self.cost.num_neurons, keeps, strict=True)):
+            if keep == 1.0:
+                read += self.layer(layer)
+            else:
+                read += self.neuron(layer, active) * round(keep * neurons) + stand_in
+        return read

@@ -17,7 +17,7 @@ from coreinfer.tuning.profile import measured_errors
 from coreinfer.tuning.result import Outcome, Point
 from coreinfer.tuning.space import Space
 from coreinfer.tuning.study import front, search
-from coreinfer.tuning.tuner import DESCENT, REPORT, SEARCH, Tuner
+from coreinfer.tuning.tuner import DESCENT, FINAL, REPORT, SEARCH, Tuner
 
 PROFILE = "profile"  # the part of the prompts that single layers are measured on
 ONE_KEEP = "best one keep"  # for all layers
@@ -95,7 +95,7 @@ def tune(
     kept = tuner.within(everything)
     reached = bool(kept)
     if not reached:
-        chosen = min(everything, key=lambda point: (point.loss.mean, point.share))
+        chosen = _closest(everything)
     elif goal.limit is None:
         chosen = kept[0]
     else:
@@ -106,14 +106,17 @@ def tune(
     finalists = [point.design for point in _of_different_designs([chosen, *kept], FINALISTS)]
     start = tuner.best_of([*finalists, *_single_designs(tuner).values()], share)
     design = tuner.best_of([start, tuner.descended(start, share, effort.steps)], share)
-    (found,) = tuner.points([(design, share)], DESCENT)
+    (found,) = tuner.points([(design, share)], FINAL if design == start else DESCENT)
     if found is not None:
         chosen = found
     if goal.limit is not None and tuner.within([chosen]):
         chosen = tuner.cheapest([chosen])
     tuner.points([(chosen.design, share) for share in SHARES], "other bytes")
-    if goal.limit is not None and (kept := tuner.within(list(tuner.tried.values()))):
-        reached, chosen = True, kept[0]
+    if goal.limit is not None:
+        everything = list(tuner.tried.values())
+        kept = tuner.within(everything)
+        reached = bool(kept)
+        chosen = kept[0] if reached else _closest(everything)
     return _outcome(tuner, stores, reached, chosen, prompts, began)
 
 
@@ -174,6 +177,11 @@ def _single_designs(tuner: Tuner) -> dict[str, Design]:
     quarter = tuner.planner.num_layers // 4
     dense = replace(best, profile=Profile(first=min(3, quarter), last=min(2, quarter)))
     return {ONE_KEEP: best, ENDS_DENSE: dense}
+
+
+def _closest(points: Sequence[Point]) -> Point:
+    """To a limit that none of them keeps."""
+    return min(points, key=lambda point: (point.loss.mean, point.share))
 
 
 def _of_different_designs(points: Sequence[Point], count: int) -> list[Point]:

@@ -15,6 +15,7 @@ from coreinfer.tuning.prices import Prices
 
 RULES = ("stability", "similarity", "auto", "impact", "griffin", "residual")
 RANKS = (4, 8, 16, 32, 64, 128, 256)
+ACTIVE = (0.75, 0.5)  # of the core neurons, at which the two best rules are tried
 MAP_SHARE = 8  # a stand-in's map may read one part in so many of its layer
 MOST_DENSE = 4  # layers at either end of the model, and a quarter of it at most
 LEAST_SHARE, MOST_SHARE = 0.2, 0.97  # of the dense MLPs' bytes, where they are searched
@@ -45,7 +46,12 @@ class Range:
 
 # Options that are searched, by the field that a rule or a stand-in has for them.
 OPTIONS: Mapping[str, Range] = MappingProxyType(
-    {"alpha": Range(0.05, 1.0), "prior_tokens": Range(8, 1024), "ridge": Range(0.03, 30.0)}
+    {
+        "alpha": Range(0.05, 1.0),
+        "prior_tokens": Range(8, 1024),
+        "active": Range(0.3, 1.0, log=False),
+        "ridge": Range(0.03, 30.0),
+    }
 )
 
 
@@ -108,12 +114,15 @@ class Space:
                 yield self._parameters(rule, stand_in, Profile())
 
     def around(self, rule: str, stand_in: str) -> Iterator[dict[str, Any]]:
-        """Parameters of a rule and a stand-in at other ranks, and with budgets as often serve."""
+        """Parameters of a rule and a stand-in at other ranks, with some neurons skipped, and with
+        budgets as often serve."""
         level = self._parameters(rule, stand_in, Profile())
         if "rank" in level:
             at = self.ranks.index(level["rank"])
             for rank in self.ranks[max(at - 1, 0) : at] + self.ranks[at + 1 : at + 2]:
                 yield {**level, "rank": rank}
+        for active in ACTIVE:
+            yield {**level, f"{rule}.active": active}
         most = self.most_dense
         for first, last, spread in ((most, most // 2, 0.0), (0, 0, 0.5), (most // 2, 1, 0.5)):
             profile = Profile(first=min(first, most), last=min(last, most), spread=spread)
