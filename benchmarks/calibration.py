@@ -5,9 +5,10 @@
         --out benchmarks/results/calibration-smollm2
 
 Every row reads at most the bytes of plain dropping at `--keep`: a stand-in's maps are paid for by
-keeping fewer neurons. With `--descend FILE` there are also budgets by descent, as `tune` makes
-them, on windows of another text or of a corpus (`.jsonl`); what they were weighed by is kept in
-OUT.descent.jsonl. Writes OUT.json (every number, a window each) and OUT.md (the table).
+keeping fewer neurons, and where only `--active` of them are computed whole more are kept. With
+`--descend FILE` there are also budgets by descent, as `tune` makes them, on windows of another text
+or of a corpus (`.jsonl`); what they were weighed by is kept in OUT.descent.jsonl. Writes OUT.json
+(every number, a window each) and OUT.md (the table).
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ class Limit:
     keep: float
     dense: tuple[int, ...]
 
-    def keep_beside(self, rank: int) -> float:
-        """The keep of a layer that, with a map of this rank and its offset, reads no more bytes."""
-        cost = self.prices.cost
-        neurons, size = cost.num_neurons[0], cost.per_neuron[0]
-        paid = -(-self.prices.stand_in("linear", {"rank": rank}) // size)
-        return max(round(self.keep * neurons) - paid, 1) / neurons
+    def keep_beside(self, rank: int, active: float = 1.0) -> float:
+        """The keep of a layer that, with a map of this rank and its offset, and `active` of its
+        neurons computed whole, reads no more bytes."""
+        prices, neurons = self.prices, self.prices.cost.num_neurons[0]
+        left = round(self.keep * neurons) * prices.cost.per_neuron[0]
+        left -= prices.stand_in("linear", {"rank": rank})
+        return min(max(left // prices.neuron(0, active), 1) / neurons, 1.0)
 
     @property
     def share(self) -> float:
@@ -69,26 +71,46 @@ class Limit:
         return (self.keep * (layers - len(self.dense)) + len(self.dense)) / layers
 
 
-def baselines(limit: Limit) -> dict[str, Setting]:
+@dataclass(frozen=True)
+class Way:
+    """How the calibrated stand-in is used: its rank, and how many core neurons are active."""
+
+    rank: int
+    active: float = 1.0
+
+    def __str__(self) -> str:
+        skipping = "" if self.active == 1 else f", active {self.active:g}"
+        return f"calibrated {self.rank}{skipping}"
+
+
+def baselines(limit: Limit, actives: Sequence[float]) -> dict[str, Setting]:
     keep, dense, lower = limit.keep, limit.dense, limit.keep_beside(Linear().rank)
-    return {
+    made = {
         "stability": Setting(Stability(beta=keep, dense_layers=dense)),
         "impact": Setting(Impact(beta=keep, dense_layers=dense)),
         "impact, linear": Setting(Impact(beta=lower, dense_layers=dense), Linear()),
     }
+    for active in actives:
+        if active == 1:
+            continue
+        more = Impact(beta=limit.keep_beside(0, active), dense_layers=dense, active=active)
+        made[f"impact, active {active:g}"] = Setting(more)
+        paid = replace(more, beta=limit.keep_beside(Linear().rank, active))
+        made[f"impact, linear, active {active:g}"] = Setting(paid, Linear())
+    return made
 
 
-def calibrated(store: CalibrationStore, ranks: Sequence[int], limit: Limit) -> dict[str, Setting]:
+def calibrated(store: CalibrationStore, ways: Sequence[Way], limit: Limit) -> dict[str, Setting]:
     made = {}
-    for rank in ranks:
-        lower, dense = limit.keep_beside(rank), limit.dense
-        stand_in = Calibrated(calibration=store, rank=rank)
-        rule = Residual(calibration=store, beta=lower, dense_layers=dense)
-        made[f"residual, calibrated {rank}"] = Setting(rule, stand_in)
-        by_impact = Impact(beta=lower, dense_layers=dense)
-        made[f"impact, calibrated {rank}"] = Setting(by_impact, stand_in)
+    for way in ways:
+        lower, dense = limit.keep_beside(way.rank, way.active), limit.dense
+        stand_in = Calibrated(calibration=store, rank=way.rank)
+        rule = Residual(calibration=store, beta=lower, dense_layers=dense, active=way.active)
+        made[f"residual, {way}"] = Setting(rule, stand_in)
+        by_impact = Impact(beta=lower, dense_layers=dense, active=way.active)
+        made[f"impact, {way}"] = Setting(by_impact, stand_in)
         by_layer = replace(rule, budgets=half_way(store, lower, dense))
-        made[f"residual by layer, calibrated {rank}"] = Setting(by_layer, stand_in)
+        made[f"residual by layer, {way}"] = Setting(by_layer, stand_in)
     return made
 
 
@@ -102,19 +124,20 @@ class Descent:
     journal: Journal
 
     def settings(
-        self, store: CalibrationStore, ranks: Sequence[int], limit: Limit
+        self, store: CalibrationStore, ways: Sequence[Way], limit: Limit
     ) -> dict[str, Setting]:
-        """Budgets within the limit, for each rank of the stand-in."""
+        """Budgets within the limit, for each way to use the stand-in."""
         stores, about = Stores({}, {"calibration": store}), store.describe()
         planner = Planner(limit.prices, store.layer_errors)
         objective = Objective(self.pool, {DESCENT: self.texts}, self.journal, stores, about=about)
         tuner = Tuner(Goal.of_bytes(limit.share), planner, objective)
         profile, made = ends(limit.dense, store.num_layers), {}
-        for rank in ranks:
-            start = Design("residual", {}, "calibrated", {"rank": rank}, profile)
+        for way in ways:
+            rule = {} if way.active == 1 else {"active": way.active}
+            start = Design("residual", rule, "calibrated", {"rank": way.rank}, profile)
             found = tuner.descended(start, limit.share, self.steps)
             setting = planner.candidate(found, limit.share).setting(stores)
-            made[f"residual by descent, calibrated {rank}"] = setting
+            made[f"residual by descent, {way}"] = setting
         return made
 
 
@@ -145,19 +168,21 @@ def rows_of(
 ) -> Iterator[tuple[str, dict[str, Quality]]]:
     """The results of the other rules, then of each store."""
     limit = Limit(Prices.of(backend, texts[0]), args.keep, args.dense_layers)
+    ways = [Way(rank, active) for rank in args.ranks for active in args.active]
     if not args.no_baselines:
-        *_, last = measure(backend, texts, baselines(limit), batch_size=args.batch_size)
+        others = baselines(limit, args.active)
+        *_, last = measure(backend, texts, others, batch_size=args.batch_size)
         yield "", last
     for name, path in args.stores:
         store = CalibrationStore.load(path)
-        settings = calibrated(store, args.ranks, limit)
+        settings = calibrated(store, ways, limit)
         if args.residual_alone:
             settings = {
                 key: value for key, value in settings.items() if key.startswith("residual,")
             }
         if args.descend is not None:
             with descent_of(backend, path, args) as descent:
-                settings |= descent.settings(store, args.ranks, limit)
+                settings |= descent.settings(store, ways, limit)
         *_, last = measure(backend, texts, settings, batch_size=args.batch_size)
         yield name, last
 
@@ -222,6 +247,10 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def ratios(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -229,6 +258,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--stores", type=named_path, nargs="+", required=True, metavar="NAME=STORE")
     parser.add_argument("--ranks", type=whole_numbers, default=(64,), help="of the stand-in")
+    parser.add_argument("--active", type=ratios, default=(1.0,), help="of the core neurons")
     parser.add_argument("--keep", type=float, default=0.5, help="whose bytes every row may read")
     parser.add_argument("--dense-layers", type=layer_list, default=())
     parser.add_argument("--backend", choices=("native", "hf"), default="native")

@@ -14,7 +14,7 @@ from coreinfer.core.measures import ReadCost
 from coreinfer.errors import UserError
 from coreinfer.tuning.candidate import Candidate
 from coreinfer.tuning.design import Design, Planner, Profile
-from coreinfer.tuning.prices import Prices
+from coreinfer.tuning.prices import MORE_ACTIVE, Prices
 
 
 def planner(sizes: list[int], scales: list[float]) -> Planner:
@@ -32,7 +32,7 @@ def read(planner: Planner, candidate: Candidate) -> int:
     active = candidate.rule.get("active", 1)
     for size, neurons, keep in zip(cost.per_neuron, cost.num_neurons, candidate.keeps, strict=True):
         if keep < 1 and active < 1:  # the gate, what it is compared with, and what is behind it
-            size = ceil(1 + 4 + active * (size - 1))
+            size = ceil(1 + 4 + min(active * MORE_ACTIVE, 1) * (size - 1))
         total += size * round(keep * neurons)
         if keep < 1 and candidate.stand_in != "none":
             total += 2 + 4 * (rank or 0)

@@ -16,7 +16,8 @@ class Point:
     """A candidate that was measured.
 
     Attributes:
-        stage: at which it was tried: "one keep", "search", "descent" or "other bytes".
+        stage: at which it was tried: "one keep", "search", "final", "descent" or
+            "other bytes".
         design: what it was made from.
         asked: the share of the dense MLPs' bytes that it was made for.
         candidate: it.
