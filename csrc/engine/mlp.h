@@ -6,6 +6,7 @@
 
 #include "../pool.h"
 #include "memory.h"
+#include "records.h"
 #include "tiles.h"
 
 namespace {
@@ -25,80 +26,6 @@ void product(const Worker& worker, const CiMatrix& w, const Batch& batch, const 
     tile(w.data + t * bytes, w.columns, w.group_size, batch, y);
     emit(t, y);
   }
-}
-
-// Sixteen of a record's `count` float16 numbers, from the i-th on, with zeros behind the last: the
-// record may end right after it.
-template <class S>
-typename S::F some_halves(const uint8_t* from, int64_t i, int64_t count) {
-  uint16_t halves[kTile] = {};
-  const int64_t size = count - i < kTile ? count - i : kTile;
-  std::memcpy(halves, from + 2 * i, static_cast<size_t>(2 * size));
-  return S::load_half(halves);
-}
-
-// All of them as floats.
-template <class S>
-void read_halves(const uint8_t* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += kTile) S::store(to + i, some_halves<S>(from, i, count));
-}
-
-// Of a matrix that is stored by neuron: a record has a number for each of its rows.
-inline int64_t record_bytes(const CiMatrix& matrix) {
-  const int64_t n = matrix.rows;
-  if (matrix.dtype == CI_BFLOAT16) return 2 * n;
-  const int64_t q = matrix.dtype == CI_INT8 ? n : n / 2;
-  return q + n / matrix.group_size * scales_per_group(matrix.dtype) * 2;
-}
-
-// Sixteen bfloat16 of a record, with zeros behind the last of `count`.
-template <class S>
-typename S::F some_bfloat16(const uint8_t* record, int64_t i, int64_t count) {
-  const auto* from = reinterpret_cast<const uint16_t*>(record) + i;
-  if (i + kTile <= count) return S::load_bfloat16(from);
-  uint16_t last[kTile] = {};
-  std::memcpy(last, from, static_cast<size_t>(2 * (count - i)));
-  return S::load_bfloat16(last);
-}
-
-// Calls visit(tile, its sixteen weights) for some tiles of a record. `numbers` is memory for scales
-// and minima.
-template <class S, class Visit>
-void read_record(const CiMatrix& matrix, const uint8_t* record, Range tiles, float* numbers,
-                 const Visit& visit) {
-  if (matrix.dtype == CI_BFLOAT16) {
-    for (int64_t t = tiles.begin; t < tiles.end; ++t)
-      visit(t, some_bfloat16<S>(record, kTile * t, matrix.rows));
-    return;
-  }
-  const int64_t groups = matrix.rows / matrix.group_size;
-  const bool four = matrix.dtype == CI_INT4;
-  const uint8_t* halves = record + (four ? matrix.rows / 2 : matrix.rows);
-  float* scales = numbers;
-  float* minima = numbers + pad(groups);
-  read_halves<S>(halves, groups, scales);
-  if (!four) {
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      const auto* q = reinterpret_cast<const int8_t*>(record) + kTile * t;
-      visit(t, S::mul(S::load_int8(q), S::set(scales[kTile * t / matrix.group_size])));
-    }
-    return;
-  }
-  read_halves<S>(halves + 2 * groups, groups, minima);
-  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    const int64_t group = kTile * t / matrix.group_size;
-    visit(t, S::fma(S::load_int4(record + 8 * t), S::set(scales[group]), S::set(minima[group])));
-  }
-}
-
-// Sum over a record's weights times x, which is padded to 16 with zeros.
-template <class S>
-float dot_record(const CiMatrix& matrix, int64_t neuron, const float* x, float* numbers) {
-  typename S::F total = S::zero();
-  const uint8_t* record = matrix.data + neuron * record_bytes(matrix);
-  read_record<S>(matrix, record, {0, pad(matrix.rows) / kTile}, numbers,
-                 [&](int64_t t, typename S::F w) { total = S::fma(w, S::load(x + kTile * t), total); });
-  return S::sum(total);
 }
 
 // Sets those that are smaller than their `least` to zero; how many of them are zero then.
@@ -137,11 +64,10 @@ void neurons(const Worker& worker, const CiMlp& mlp, int32_t activation, const B
     if (mlp.least != nullptr)
       for (int b = 0; b < batch.count; ++b)
         skipped[b] += skip_small(mlp.least + kTile * t, end - kTile * t, h[b] + kTile * t);
-    if (!up_by_neuron) continue;
-    for (int64_t n = kTile * t; n < end; ++n)
-      for (int b = 0; b < batch.count; ++b)  // read once: for the next row it is in the cache
-        if (h[b][n] != 0.0f) h[b][n] *= dot_record<S>(mlp.up, n, batch.rows[b].x, numbers);
   }
+  if (!up_by_neuron) return;
+  const int64_t end = kTile * tiles.end < mlp.up.columns ? kTile * tiles.end : mlp.up.columns;
+  multiply_by_records<S>(mlp.up, {kTile * tiles.begin, end}, batch, numbers, h);
 }
 
 // Rounds h_n * scale[n, group] in blocks of neurons. Returns what is the same for all outputs of the
@@ -200,85 +126,19 @@ void down_by_tile(const Worker& worker, const CiMatrix& down, int rows, float* c
   }
 }
 
-constexpr int kTogether = 4;  // records that are added at a time
-
-// y += sum_k factors[k] * record k, for some tiles. `numbers` is memory for what they are scaled by.
-template <class S, int kCount>
-void add_records(const CiMatrix& matrix, const uint8_t* const* records, const float* factors,
-                 Range tiles, float* numbers, float* y) {
-  using F = typename S::F;
-  if (matrix.dtype == CI_BFLOAT16) {
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      F sum = S::load(y + kTile * t);
-      for (int k = 0; k < kCount; ++k)
-        sum = S::fma(some_bfloat16<S>(records[k], kTile * t, matrix.rows), S::set(factors[k]), sum);
-      S::store(y + kTile * t, sum);
-    }
-    return;
-  }
-  // w * factor = q * (scale * factor) + minimum * factor, whose last term is the same for a group.
-  const int64_t groups = matrix.rows / matrix.group_size, room = pad(groups);
-  const bool four = matrix.dtype == CI_INT4;
-  float* constant = numbers + kTogether * room;
-  for (int64_t g = 0; g < groups; g += kTile) {
-    F total = S::zero();
-    for (int k = 0; k < kCount; ++k) {
-      const uint8_t* halves = records[k] + (four ? matrix.rows / 2 : matrix.rows);
-      const F factor = S::set(factors[k]);
-      S::store(numbers + k * room + g, S::mul(some_halves<S>(halves, g, groups), factor));
-      if (four) total = S::fma(some_halves<S>(halves + 2 * groups, g, groups), factor, total);
-    }
-    S::store(constant + g, total);
-  }
-  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    const int64_t group = kTile * t / matrix.group_size;
-    F sum = S::load(y + kTile * t);
-    if (four) sum = S::add(sum, S::set(constant[group]));
-    for (int k = 0; k < kCount; ++k) {
-      const F q = four ? S::load_int4(records[k] + 8 * t)
-                       : S::load_int8(reinterpret_cast<const int8_t*>(records[k]) + kTile * t);
-      sum = S::fma(q, S::set(numbers[k * room + group]), sum);
-    }
-    S::store(y + kTile * t, sum);
-  }
-}
-
-template <class S>
-void add_some_records(const CiMatrix& matrix, const uint8_t* const* records, const float* factors,
-                      int count, Range tiles, float* numbers, float* y) {
-  switch (count) {
-    case 1: return add_records<S, 1>(matrix, records, factors, tiles, numbers, y);
-    case 2: return add_records<S, 2>(matrix, records, factors, tiles, numbers, y);
-    case 3: return add_records<S, 3>(matrix, records, factors, tiles, numbers, y);
-    case 4: return add_records<S, 4>(matrix, records, factors, tiles, numbers, y);
-    default: return;
-  }
-}
-
 // y [rows][outputs of this worker] = W_down h, neuron by neuron: those that are zero are not read.
 template <class S>
 void down_by_neuron(const Worker& worker, const CiMatrix& down, int rows, float* const* h,
                     float* numbers, float* const* y) {
-  constexpr int64_t kBlock = 256;  // neurons: for the next row, their records are in the cache
   const Range tiles = share(worker, pad(down.rows) / kTile);
-  const int64_t bytes = record_bytes(down);
   for (int b = 0; b < rows; ++b)
     for (int64_t t = tiles.begin; t < tiles.end; ++t) S::store(y[b] + kTile * t, S::zero());
-  for (int64_t start = 0; start < down.columns; start += kBlock) {
-    const int64_t end = start + kBlock < down.columns ? start + kBlock : down.columns;
+  int32_t some[kRecordBlock];
+  for (int64_t start = 0; start < down.columns; start += kRecordBlock) {
+    const int64_t left = down.columns - start, size = left < kRecordBlock ? left : kRecordBlock;
     for (int b = 0; b < rows; ++b) {
-      const uint8_t* records[kTogether];
-      float factors[kTogether];
-      int count = 0;
-      for (int64_t n = start; n < end; ++n) {
-        if (h[b][n] == 0.0f) continue;
-        records[count] = down.data + n * bytes;
-        factors[count] = h[b][n];
-        if (++count < kTogether) continue;
-        add_some_records<S>(down, records, factors, count, tiles, numbers, y[b]);
-        count = 0;
-      }
-      add_some_records<S>(down, records, factors, count, tiles, numbers, y[b]);
+      const int count = not_zero(h[b], start, size, some);
+      add_records<S>(down, some, count, h[b], tiles, numbers, y[b]);
     }
   }
 }
