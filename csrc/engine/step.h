@@ -297,9 +297,10 @@ class Step {
   Sharers sharers(int layer, int b) const {
     Sharers found;
     found.count = 0;
-    const uint8_t* data = rows_[b].mlps[layer].into.data;
+    const CiMlp& mlp = rows_[b].mlps[layer];
     for (int other = 0; other < count_; ++other) {
-      if (rows_[other].mlps[layer].into.data != data) continue;
+      const CiMlp& its = rows_[other].mlps[layer];
+      if (its.into.data != mlp.into.data || its.least != mlp.least) continue;
       if (other < b) return {{}, 0};
       found.rows[found.count++] = other;
     }

@@ -62,6 +62,33 @@ def test_a_prompt_file_is_one_prompt_byte_for_byte(
     assert json.loads(run.out)["prompt_tokens"] == len(b" two\r\nlines\n\n")
 
 
+@pytest.mark.parametrize("backend", ["hf", "native"])
+def test_fewer_bytes_are_read_where_neurons_are_skipped(
+    cli: Cli, model_dir: Path, tmp_path: Path, backend: str
+) -> None:
+    def record(*options: object) -> dict[str, object]:
+        run = cli(
+            "generate", "--model", model_dir, "--backend", backend, "--prompt", "hi",
+            "--max-new-tokens", 6, "--json", *options,
+        )  # fmt: skip
+        found: dict[str, object] = json.loads(run.out)
+        return found
+
+    whole, some, fewer = record(), record("--active", 0.7), record("--active", 0.3)
+    assert [r["active"] for r in (whole, some, fewer)] == [1.0, 0.7, 0.3]
+    assert whole["density"] == some["density"] == fewer["density"]
+    assert whole["bytes_per_token"] > some["bytes_per_token"] > fewer["bytes_per_token"]  # type: ignore[operator]
+    config = tmp_path / "settings.toml"
+    config.write_text("active = 0.3\n")
+    again = record("--config", config)
+    assert (again["token_ids"], again["active"]) == (fewer["token_ids"], 0.3)
+    path = tmp_path / "set.safetensors"
+    assert cli("select", "--model", model_dir, "--prompt", "hi", "--out", path).code == 0
+    fixed = record("--core-set", path, "--active", 0.3)
+    assert fixed["active"] == 0.3
+    assert fixed["bytes_per_token"] < record("--core-set", path)["bytes_per_token"]  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_a_file_of_prompts_gives_an_object_each_whatever_the_batch(
     cli: Cli, model_dir: Path, tmp_path: Path, batch_size: int
@@ -192,6 +219,9 @@ def test_settings_without_effect_are_pointed_out(cli: Cli, model_dir: Path) -> N
         (["--prompt", "a", "--selector", "auto", "--clusters", "nowhere"], "no cluster store"),
         (["--prompt", "a", "--selector", "best"], "invalid choice: 'best'"),
         (["--prompt", "a", "--core-set", "absent"], "no core set at 'absent'"),
+        (["--prompt", "a", "--active", "0"], "active must be above 0 and at most 1, got 0.0"),
+        (["--prompt", "a", "--active", "1.5"], "active must be above 0 and at most 1, got 1.5"),
+        (["--prompt", "a", "--active", "some"], "'some' is not a number"),
         (["--prompt", "a", "--stand-in", "linear", "--rank", "0"], "rank must be"),
         (["--prompt", "a", "--stand-in", "linear", "--ridge", "-1"], "ridge must be"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from coreinfer.errors import UserError
@@ -176,6 +177,44 @@ def test_native_steps_equal_the_twins(variant: str, form: WeightFormat, path: st
         for found, want in zip(steps(weights, plans, path, dtype), wanted, strict=True):
             # Where something is rounded, last bits may turn a number at the middle either way.
             assert distance(found, want) < (2e-5 if exact else 2e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("variant", ["llama", "opt"])
+def test_native_steps_skip_what_the_twins_skip(
+    variant: str, form: WeightFormat, path: str, threads: int
+) -> None:
+    """Rows that share core neurons, one that has others, and one that skips none."""
+    weights, records = model_of(form, **VARIANTS[variant])
+    least = torch.rand(22, generator=torch.Generator().manual_seed(3)) / 4
+    some = plan_of(weights, records, form, 2, skip_zeros=True)
+    sparse = replace(some.mlps[0], least=pad(least, (0, 10)))
+    skipping = Plan([sparse, some.mlps[1], sparse], some.stand_ins)
+    plans = [skipping, plan_of(weights, records, form, None), skipping, some]
+    counts: dict[str | None, list[int]] = {}
+    logits: dict[str | None, Tensor] = {}
+    for which in (None, path):
+        caches = [cache_of(weights) for _ in plans]
+        skipped = [torch.zeros(1, dtype=torch.int64) for _ in plans]
+        for step in range(3):
+            rows = [
+                Row((11 * step + 5 * b) % VOCAB, step + b, step, plan, cache, count)
+                for b, (plan, cache, count) in enumerate(zip(plans, caches, skipped, strict=True))
+            ]
+            if which is None:
+                logits[which] = decode_step_twin(weights, rows)
+            else:
+                with using(which):
+                    logits[which] = decode_step(weights, rows, threads=threads)
+        counts[which] = [int(count) for count in skipped]
+    assert distance(logits[path], logits[None]) < 5e-2
+    assert counts[None][1] == counts[None][3] == counts[path][1] == counts[path][3] == 0
+    for row in (0, 2):
+        assert 10 < counts[None][row] < 3 * 2 * 22 - 10
+        # Where inputs are rounded, one at the threshold may fall on either side.
+        assert abs(counts[path][row] - counts[None][row]) <= (2 if form.group_size else 0)
 
 
 @pytest.mark.parametrize("path", NATIVE)

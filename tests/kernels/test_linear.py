@@ -21,6 +21,7 @@ from coreinfer.kernels.linear_twin import (
     round_groups,
 )
 from coreinfer.kernels.packing import pack, pack_mlp
+from coreinfer.kernels.packing_twin import unpack_records
 from tests.kernels.paths import NATIVE, PATHS, using
 from tests.kernels.test_packing import CHOICE, FORMATS, records_of, width
 
@@ -49,14 +50,30 @@ def rounded_by_hand(x: Tensor, size: int, dtype: str = "int4") -> Tensor:
 
 
 def random_mlp(
-    form: WeightFormat, *, gated: bool, skip_zeros: bool = False, rows: int = 150
+    form: WeightFormat,
+    *,
+    gated: bool,
+    skip_zeros: bool = False,
+    rows: int = 150,
+    least: Tensor | None = None,
 ) -> PackedMlp:
     columns = width(form)
     parts = [records_of(form, rows, columns, seed) for seed in range(3 if gated else 2)]
     bias = None if gated else torch.randn(rows, generator=torch.Generator().manual_seed(4))
     return pack_mlp(
-        torch.cat(parts, dim=1), columns, form, gated=gated, in_bias=bias, skip_zeros=skip_zeros
+        torch.cat(parts, dim=1),
+        columns,
+        form,
+        gated=gated,
+        in_bias=bias,
+        skip_zeros=skip_zeros,
+        least=least,
     )
+
+
+def thresholds(rows: int = 150) -> Tensor:
+    """Of each neuron; about half of the activations are smaller."""
+    return torch.rand(rows, generator=torch.Generator().manual_seed(5)) * 2
 
 
 def test_activations_are_rounded_group_by_group() -> None:
@@ -162,6 +179,51 @@ def test_what_a_zero_makes_needless_is_not_read(form: WeightFormat, gated: bool,
     with using(path):
         assert torch.equal(mlp(packed, x, "relu", threads=2), wanted)
     assert wanted.isfinite().all()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_small_activations_count_as_zero(form: WeightFormat, gated: bool) -> None:
+    least, x = thresholds(), inputs(3, width(form))
+    packed = random_mlp(form, gated=gated, skip_zeros=True, least=least)
+    every = random_mlp(form, gated=gated, skip_zeros=True)
+    _, whole, none = mlp_twin(every, x, "silu")
+    y, h, skipped = mlp_twin(packed, x, "silu")
+    gates = linear_twin(packed.into, x)[:, :150]
+    if packed.in_bias is not None:
+        gates = gates + packed.in_bias[:150]
+    small = functional.silu(gates).abs() < least
+    assert 0.2 < float(small.float().mean()) < 0.9
+    torch.testing.assert_close(h, whole.masked_fill(small, 0.0))
+    assert skipped.tolist() == small.sum(dim=1).tolist()
+    assert none.tolist() == [0, 0, 0]
+    torch.testing.assert_close(y, h @ unpack_records(every.down), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_what_a_small_activation_makes_needless_is_not_read(
+    form: WeightFormat, gated: bool, path: str
+) -> None:
+    packed = random_mlp(form, gated=gated, skip_zeros=True, least=thresholds())
+    for row in inputs(4, packed.into.columns).split(1):
+        wanted, h, _ = mlp_twin(packed, row, "silu")
+        idle = h[0] == 0
+        parts = [part for part in (packed.down, packed.up) if part is not None]
+        before = [part.data.clone() for part in parts]
+        for part in parts:
+            part.data.view(packed.num_neurons, -1)[idle] = 255  # not a number, in every format
+        with using(path):
+            found = mlp(packed, row, "silu", threads=2)
+        for part, data in zip(parts, before, strict=True):
+            part.data.copy_(data)
+        assert far(found, wanted) < (5e-3 if form.group_size else 1e-5)
+
+
+def test_small_activations_are_skipped_where_neurons_are_stored_one_by_one() -> None:
+    with pytest.raises(UserError, match="stored by neuron"):
+        random_mlp(FORMATS[0], gated=True, least=thresholds())
 
 
 @pytest.mark.parametrize("path", NATIVE)
