@@ -18,9 +18,9 @@ constexpr int kNextRecords = 2 * kTogether;   // records that are asked for befo
 // record may end right after it.
 template <class S>
 typename S::F some_halves(const uint8_t* from, int64_t i, int64_t count) {
+  if (i + kTile <= count) return S::load_half(reinterpret_cast<const uint16_t*>(from) + i);
   uint16_t halves[kTile] = {};
-  const int64_t size = count - i < kTile ? count - i : kTile;
-  std::memcpy(halves, from + 2 * i, static_cast<size_t>(2 * size));
+  std::memcpy(halves, from + 2 * i, static_cast<size_t>(2 * (count - i)));
   return S::load_half(halves);
 }
 
@@ -30,12 +30,18 @@ void read_halves(const uint8_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += kTile) S::store(to + i, some_halves<S>(from, i, count));
 }
 
-// Of a matrix that is stored by neuron: a record has a number for each of its rows.
-inline int64_t record_bytes(const CiMatrix& matrix) {
+// Of a matrix that is stored by neuron, whose records have a number for each of its rows: the bytes of
+// these numbers.
+inline int64_t weight_bytes(const CiMatrix& matrix) {
   const int64_t n = matrix.rows;
-  if (matrix.dtype == CI_BFLOAT16) return 2 * n;
-  const int64_t q = matrix.dtype == CI_INT8 ? n : n / 2;
-  return q + n / matrix.group_size * scales_per_group(matrix.dtype) * 2;
+  return matrix.dtype == CI_BFLOAT16 ? 2 * n : matrix.dtype == CI_INT8 ? n : n / 2;
+}
+
+// With the scales behind them.
+inline int64_t record_bytes(const CiMatrix& matrix) {
+  if (matrix.dtype == CI_BFLOAT16) return weight_bytes(matrix);
+  const int64_t groups = matrix.rows / matrix.group_size;
+  return weight_bytes(matrix) + groups * scales_per_group(matrix.dtype) * 2;
 }
 
 // Sixteen bfloat16 of a record, with zeros behind the last of `count`.
@@ -64,24 +70,21 @@ struct Records {
   const uint8_t* each[kTogether];
 
   template <class S>
-  static Records at(const CiMatrix& matrix, const int32_t* some, int i, int count, Range bytes) {
-    const int64_t size = record_bytes(matrix);
+  static Records at(const CiMatrix& matrix, const int32_t* some, int i, int count, Range tiles) {
+    const int64_t size = record_bytes(matrix), weights = weight_bytes(matrix);
+    const int64_t begin = tiles.begin * kTile * weights / matrix.rows;
+    const int64_t end = tiles.end * kTile * weights / matrix.rows;
     Records found;
     for (int k = 0; k < kTogether; ++k) {
       found.each[k] = matrix.data + some[i + k < count ? i + k : count - 1] * size;
       if (i + k + kNextRecords >= count) continue;
       const uint8_t* next = matrix.data + some[i + k + kNextRecords] * size;
-      for (int64_t at = bytes.begin; at < bytes.end; at += 64) S::prefetch(next + at);
+      for (int64_t at = begin; at < end; at += 64) S::prefetch(next + at);
+      for (int64_t at = weights; at < size; at += 64) S::prefetch(next + at);
     }
     return found;
   }
 };
-
-// The bytes of a record that hold the weights of some tiles.
-inline Range bytes_of_tiles(const CiMatrix& matrix, Range tiles) {
-  const int64_t half = matrix.dtype == CI_BFLOAT16 ? 4 : matrix.dtype == CI_INT8 ? 2 : 1;
-  return {tiles.begin * kTile * half / 2, tiles.end * kTile * half / 2};
-}
 
 // Sums over the weights of four records times x, which is padded to 16 with zeros. x_sums are those of
 // the groups of x. Each record's sum is the same whatever the others are.
@@ -101,7 +104,7 @@ void dot_records(const CiMatrix& matrix, const Records& records, const float* x,
   const int64_t groups = matrix.rows / matrix.group_size, room = pad(groups);
   const bool four = matrix.dtype == CI_INT4;
   for (int k = 0; k < kTogether; ++k) {
-    const uint8_t* halves = records.each[k] + (four ? matrix.rows / 2 : matrix.rows);
+    const uint8_t* halves = records.each[k] + weight_bytes(matrix);
     read_halves<S>(halves, groups, numbers + k * room);
     for (int64_t g = 0; four && g < groups; g += kTile)
       total[k] = S::fma(some_halves<S>(halves + 2 * groups, g, groups), S::load(x_sums + g), total[k]);
@@ -140,7 +143,7 @@ void group_sums(const CiMatrix& matrix, const float* x, float* sums) {
 template <class S>
 void multiply_by_records(const CiMatrix& matrix, Range neurons, const Batch& batch, float* numbers,
                          float* const* h) {
-  const Range bytes = {0, record_bytes(matrix)};
+  const Range tiles = {0, pad(matrix.rows) / kTile};
   float* x_sums = numbers + kTogether * pad(pad(matrix.rows) / kTile);
   int32_t some[kRecordBlock];
   for (int64_t start = neurons.begin; start < neurons.end; start += kRecordBlock) {
@@ -151,7 +154,7 @@ void multiply_by_records(const CiMatrix& matrix, Range neurons, const Batch& bat
       const int count = not_zero(h[b], start, size, some);
       for (int i = 0; i < count; i += kTogether) {
         alignas(64) float sums[kTogether];
-        const Records records = Records::at<S>(matrix, some, i, count, bytes);
+        const Records records = Records::at<S>(matrix, some, i, count, tiles);
         dot_records<S>(matrix, records, x, x_sums, numbers, sums);
         for (int k = 0; k < kTogether && i + k < count; ++k) h[b][some[i + k]] *= sums[k];
       }
@@ -175,19 +178,19 @@ void add_together(const CiMatrix& matrix, const Records& records, const float* f
   }
   // w * factor = q * (scale * factor) + minimum * factor, whose last term is the same for a group.
   const int64_t groups = matrix.rows / matrix.group_size, room = pad(groups);
+  const int64_t tiles_a_group = matrix.group_size / kTile;
   const bool four = matrix.dtype == CI_INT4;
   float* constant = numbers + kTogether * room;
-  for (int64_t g = 0; g < groups; g += kTile) {
+  for (int64_t g = tiles.begin / tiles_a_group / kTile * kTile; g * tiles_a_group < tiles.end; g += kTile) {
     F total = S::zero();
     for (int k = 0; k < kTogether; ++k) {
-      const uint8_t* halves = records.each[k] + (four ? matrix.rows / 2 : matrix.rows);
+      const uint8_t* halves = records.each[k] + weight_bytes(matrix);
       const F factor = S::set(factors[k]);
       S::store(numbers + k * room + g, S::mul(some_halves<S>(halves, g, groups), factor));
       if (four) total = S::fma(some_halves<S>(halves + 2 * groups, g, groups), factor, total);
     }
     S::store(constant + g, total);
   }
-  const int64_t tiles_a_group = matrix.group_size / kTile;
   for (int64_t t = tiles.begin; t < tiles.end;) {
     const int64_t group = t / tiles_a_group, after = (group + 1) * tiles_a_group;
     const int64_t end = after < tiles.end ? after : tiles.end;
@@ -210,9 +213,8 @@ void add_together(const CiMatrix& matrix, const Records& records, const float* f
 template <class S>
 void add_records(const CiMatrix& matrix, const int32_t* some, int count, const float* h, Range tiles,
                  float* numbers, float* y) {
-  const Range bytes = bytes_of_tiles(matrix, tiles);
   for (int i = 0; i < count; i += kTogether) {
-    const Records records = Records::at<S>(matrix, some, i, count, bytes);
+    const Records records = Records::at<S>(matrix, some, i, count, tiles);
     float factors[kTogether];
     for (int k = 0; k < kTogether; ++k) factors[k] = i + k < count ? h[some[i + k]] : 0.0f;
     add_together<S>(matrix, records, factors, tiles, numbers, y);

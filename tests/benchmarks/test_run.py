@@ -51,7 +51,7 @@ def test_the_report_has_the_keys_of_the_contract() -> None:
     assert report["read_gb_per_s"] > 0
     assert len(report["rows"]) == 4
     for row in report["rows"]:
-        assert row.keys() == KEYS | {"zero_activations"}
+        assert row.keys() == KEYS | {"zero_activations", "active"}
         assert row["decode_tokens_per_s"] == {"median": 20.0, "min": 10.0, "max": 30.0}
         assert row["gb_per_s"] == pytest.approx(1000 * 20 / 1e9)
         assert row["synthetic"] is True
@@ -111,6 +111,23 @@ def test_rows_are_native_and_hf_in_the_dtypes_that_they_have() -> None:
     rows = [(job.engine, job.dtype, job.keep) for job in own_jobs(tiny(), settings)]
     wanted = [("native", "bfloat16"), ("native", "int8"), ("hf", "float32"), ("hf", "bfloat16")]
     assert rows == [(*one, keep) for one in wanted for keep in (1.0, 0.4)]
+
+
+def test_sparse_rows_come_with_each_share_of_active_neurons() -> None:
+    settings = Settings(dtypes=("int8",), keeps=(1.0, 0.4), actives=(1.0, 0.5))
+    for target in (tiny(), tiny(TINY_OPT)):
+        jobs = [job for job in own_jobs(target, settings) if job.skip_zeros]
+        assert [(job.keep, job.active) for job in jobs] == [(1, 1), (0.4, 1), (0.4, 0.5)]
+    with pytest.raises(UserError, match="actives must be above 0"):
+        Settings(actives=(0.0,))
+
+
+@pytest.mark.parametrize("shape", [TINY, TINY_OPT])
+def test_skipped_neurons_are_fewer_bytes(shape: dict[str, Any]) -> None:
+    job = replace(JOB, engine="native", dtype="bfloat16", shape=shape, keep=0.5)
+    whole, some = (answers_to(replace(job, active=active))[2]["about"] for active in (1.0, 0.4))
+    assert (whole["active"], some["active"]) == (1.0, 0.4)
+    assert some["bytes_per_token"] < whole["bytes_per_token"]
 
 
 def test_a_relu_model_has_a_row_with_and_without_skipped_zeros() -> None:

@@ -33,12 +33,13 @@ class BackendEngine:
         backend: the model.
         vocab_size: of it.
         keep: fraction of each layer's neurons; 1 is dense decoding.
+        active: fraction of those that a token computes whole.
     """
 
-    def __init__(self, backend: Backend, vocab_size: int, keep: float) -> None:
+    def __init__(self, backend: Backend, vocab_size: int, keep: float, active: float = 1.0) -> None:
         self.vocab_size = vocab_size
         self._backend = backend
-        self._selector: Selector = Dense() if keep == 1 else Impact(beta=keep)
+        self._selector: Selector = Dense() if keep == 1 else Impact(beta=keep, active=active)
         self._stand_in: StandIn | None = None if keep == 1 else Linear()
         self._plan = RecordingPlan.expecting(self._selector, self._stand_in)
         self._session: Session = backend.start(self._plan)
@@ -67,6 +68,7 @@ class BackendEngine:
             dtype=self._backend.dtype,
             selector=self._selector.name,
             density=choice.core_set.density,
+            active=self._selector.active,
             bytes_per_token=bytes_per_token(self._backend, self._session, self._selector, [choice])[
                 0
             ],
@@ -136,15 +138,15 @@ def open_native_engine(job: Job) -> Engine:
         assert job.source is not None
         backend = open_native(job.source, dtype=job.dtype, skip_zeros=job.skip_zeros)
     config = backend.weights.config
-    if job.skip_zeros and config.activation == "relu":
+    if job.skip_zeros and config.activation == "relu" and job.active == 1:
         return SkippingEngine(backend, job.keep)
-    return BackendEngine(backend, config.vocab_size, job.keep)
+    return BackendEngine(backend, config.vocab_size, job.keep, job.active)
 
 
 def open_hf_engine(job: Job) -> Engine:
     """The hf backend."""
     backend = hf_backend(job)
-    return BackendEngine(backend, backend.vocab_size, job.keep)
+    return BackendEngine(backend, backend.vocab_size, job.keep, job.active)
 
 
 def hf_backend(job: Job) -> HfBackend:

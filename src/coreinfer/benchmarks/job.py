@@ -20,6 +20,7 @@ class Job:
         shape: the configuration that synthetic weights are made for.
         gguf: the file that an engine reads which takes no other.
         keep: fraction of the neurons to decode with.
+        active: fraction of those that a token computes whole.
         skip_zeros: leave out neurons that are exactly zero, where the model has such.
         threads, prompt_tokens, decode_tokens: of the run.
     """
@@ -34,13 +35,15 @@ class Job:
     shape: Mapping[str, Any] | None = None
     gguf: str | None = None
     keep: float = 1.0
+    active: float = 1.0
     skip_zeros: bool = True
 
     @property
     def title(self) -> str:
         """For a person who waits."""
         kept = "" if self.keep == 1 else f" keep {self.keep:g}"
-        return f"{self.engine} {self.dtype}{kept}"
+        active = "" if self.active == 1 else f" active {self.active:g}"
+        return f"{self.engine} {self.dtype}{kept}{active}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -33,6 +33,7 @@ class About:
         dtype: of its weights, as the engine names it.
         selector: the rule that chose its neurons; "dense" for all of them.
         density: kept neurons / all neurons.
+        active: share of them that a token was to compute whole.
         bytes_per_token: weights read to decode a token; None where the engine does not say.
         zero_activations: share of the kept neurons that are exactly zero and so not read; None
             where none is skipped.
@@ -41,6 +42,7 @@ class About:
     dtype: str
     selector: str = "dense"
     density: float = 1.0
+    active: float = 1.0
     bytes_per_token: int | None = None
     zero_activations: float | None = None
 
@@ -132,6 +134,7 @@ class Row:
     peak_memory_bytes: int
     synthetic: bool
     zero_activations: float | None = None
+    active: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -167,4 +170,5 @@ def row_of(
         peak_memory_bytes=peak_memory_bytes,
         synthetic=synthetic,
         zero_activations=about.zero_activations,
+        active=about.active,
     )

@@ -29,6 +29,7 @@ class Settings:
     Args:
         dtypes: of the weights, of `DTYPES`.
         keeps: fractions of the neurons to decode with, in (0, 1]; 1 is dense.
+        actives: fractions of the core neurons that a token computes whole, for keeps below 1.
         engines: of `ENGINES`.
         peers: of `PEER_NAMES`.
         prompt_tokens: read by the prefill; the depth at which decoding is timed.
@@ -42,6 +43,7 @@ class Settings:
 
     dtypes: tuple[str, ...] = NATIVE_DTYPES
     keeps: tuple[float, ...] = (1.0, 0.4)
+    actives: tuple[float, ...] = (1.0,)
     engines: tuple[str, ...] = ENGINES
     peers: tuple[str, ...] = ("transformers", "llama.cpp")
     prompt_tokens: int = 128
@@ -55,6 +57,8 @@ class Settings:
         _require_known("peer", self.peers, PEER_NAMES)
         for keep in self.keeps:
             require_ratio("keeps", keep)
+        for active in self.actives:
+            require_ratio("actives", active)
         if not self.dtypes:
             raise UserError(f"no dtype to bench; name some of {', '.join(DTYPES)}")
         if not (self.engines and self.keeps) and not self.peers:
@@ -90,7 +94,8 @@ def own_jobs(target: Target, settings: Settings) -> Iterator[Job]:
             for keep in dict.fromkeys(settings.keeps):
                 if keep == 1 and target.relu and engine == "native":
                     yield replace(job, skip_zeros=False)
-                yield replace(job, keep=keep)
+                for active in dict.fromkeys(settings.actives if keep < 1 else (1.0,)):
+                    yield replace(job, keep=keep, active=active)
 
 
 def base_job(

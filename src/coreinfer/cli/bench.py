@@ -50,6 +50,14 @@ def add_parser(verbs: Any) -> None:
         help="fractions of the neurons to decode with, above 0 to 1; 1 is dense (default: 1.0,0.4)",
     )
     rows.add_argument(
+        "--actives",
+        type=fractions,
+        default=(1.0,),
+        metavar="LIST",
+        help="fractions of the core neurons that a token computes whole, above 0 to 1, for each "
+        "keep below 1 (default: 1.0)",
+    )
+    rows.add_argument(
         "--engines",
         type=names,
         default=("native", "hf"),
@@ -111,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         dtypes=args.dtypes,
         keeps=args.keeps,
+        actives=args.actives,
         engines=args.engines,
         peers=args.peers,
         prompt_tokens=args.prompt_tokens,
