@@ -50,6 +50,7 @@ rules = st.sampled_from(
         ("similarity", {}),
         ("auto", {"prior_tokens": 32}),
         ("impact", {}),
+        ("impact", {"active": 0.5}),
         ("griffin", {}),
         ("residual", {"prior_tokens": 100}),
     ]

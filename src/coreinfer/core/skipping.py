@@ -41,17 +41,17 @@ class GateStatistics:
         """Add tokens: gates [T, D], h [T, D] = gates * up, their positions [T]."""
         if positions.numel() == 0:
             return
-        gates, h = gates.detach(), h.detach()
-        ups = torch.where(gates == 0, 0.0, h / gates)  # of a gate that is 0, unknown
+        self.tokens += positions.numel()
+        gates = gates.detach().float()
+        ups = torch.where(
+            gates == 0, 0.0, h.detach().float() / gates
+        )  # of a gate that is 0, unknown
         square_sum = activation_sums(ups, None).square_sum
         self.square_sum = square_sum if self.square_sum is None else self.square_sum + square_sum
-        self.tokens += positions.numel()
+        positions, gates = _sampled(positions, gates)  # first of the new ones alone, to copy less
         if self.positions is not None and self.gates is not None:
             positions = torch.cat([self.positions, positions])
-            gates = torch.cat([self.gates, gates])
-        if len(positions) > SAMPLED:
-            kept = spread_order(positions)[:SAMPLED].sort().values
-            positions, gates = positions[kept], gates[kept]
+            positions, gates = _sampled(positions, torch.cat([self.gates, gates]))
         self.positions, self.gates = positions, gates
 
     def least(self, kept: Tensor, active: float) -> Tensor:
@@ -72,7 +72,13 @@ class GateStatistics:
             raise ValueError("no token was recorded")
         kept = kept.long().to(self.gates.device)
         sizes = (self.square_sum / self.tokens).sqrt().float().to(kept.device)[kept]
-        products = (self.gates[:, kept].float().abs() * sizes).flatten().cpu().numpy()
+        products = (self.gates[:, kept].abs() * sizes).flatten().cpu().numpy()
         rank = len(products) - max(1, round(active * len(products)))
         threshold = float(np.partition(products, rank)[rank])
         return torch.where(sizes > 0, threshold / sizes, torch.inf).cpu()
+
+
+def _sampled(positions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of the first `SAMPLED` in spread order, in the order of their positions."""
+    kept = spread_order(positions)[:SAMPLED].sort().values
+    return positions[kept], rows[kept]
