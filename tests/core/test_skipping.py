@@ -63,8 +63,10 @@ def test_a_prompt_in_pieces_has_the_same_thresholds(tokens: int, data: st.DataOb
     assert len(whole.gates) == min(tokens, SAMPLED)
 
 
-def test_where_nothing_is_multiplied_all_neurons_have_one_threshold() -> None:
+@pytest.mark.parametrize("relu", [False, True])
+def test_where_nothing_is_multiplied_all_neurons_have_one_threshold(relu: bool) -> None:
     gates, _ = prompt(30)
+    gates = (gates + torch.linspace(-0.5, 1, D)).relu() if relu else gates
     statistics = GateStatistics()
     statistics.update(gates, gates, torch.arange(30))
     least = statistics.least(torch.arange(D), 0.25)

@@ -28,13 +28,15 @@ class GateStatistics:
     Attributes:
         positions: [n] of the sampled tokens; gates: their activations [n, D], act(gate x) or, where
             the MLP is not gated, h itself; None before the first token.
-        square_sum: over all tokens, of what the gate is multiplied by (1 where not gated), [D]
-            float64.
+        square_sum: of what the gate is multiplied by (1 where not gated), over the tokens where the
+            gate is not zero, [D] float64; open: how many these are, [D] int64.
+        tokens: all there were.
     """
 
     positions: Tensor | None = None
     gates: Tensor | None = None
     square_sum: Tensor | None = None
+    open: Tensor | None = None
     tokens: int = 0
 
     def update(self, gates: Tensor, h: Tensor, positions: Tensor) -> None:
@@ -43,11 +45,12 @@ class GateStatistics:
             return
         self.tokens += positions.numel()
         gates = gates.detach().float()
-        ups = torch.where(
-            gates == 0, 0.0, h.detach().float() / gates
-        )  # of a gate that is 0, unknown
+        closed = gates == 0
+        ups = (h.detach().float() / gates).masked_fill_(closed, 0.0)
         square_sum = activation_sums(ups, None).square_sum
+        opened = len(gates) - closed.sum(dim=0)
         self.square_sum = square_sum if self.square_sum is None else self.square_sum + square_sum
+        self.open = opened if self.open is None else self.open + opened
         positions, gates = _sampled(positions, gates)  # first of the new ones alone, to copy less
         if self.positions is not None and self.gates is not None:
             positions = torch.cat([self.positions, positions])
@@ -68,10 +71,11 @@ class GateStatistics:
         Raises:
             ValueError: if no token was added.
         """
-        if self.gates is None or self.square_sum is None:
+        if self.gates is None or self.square_sum is None or self.open is None:
             raise ValueError("no token was recorded")
         kept = kept.long().to(self.gates.device)
-        sizes = (self.square_sum / self.tokens).sqrt().float().to(kept.device)[kept]
+        mean_square = self.square_sum / self.open.clamp(min=1).to(self.square_sum.device)
+        sizes = mean_square.sqrt().float().to(kept.device)[kept]
         products = (self.gates[:, kept].abs() * sizes).flatten().cpu().numpy()
         rank = len(products) - max(1, round(active * len(products)))
         threshold = float(np.partition(products, rank)[rank])
