@@ -74,12 +74,25 @@ def test_where_nothing_is_multiplied_all_neurons_have_one_threshold(relu: bool) 
     assert float((gates.abs() >= least * (1 - 1e-6)).float().mean()) == 0.25
 
 
-def test_a_gate_that_was_never_open_is_never_worth_the_reading() -> None:
+def test_a_gate_that_was_never_open_is_taken_for_one_like_the_others() -> None:
     gates, ups = prompt(30)
     gates[:, 3] = 0
-    least = recorded(gates, ups).least(torch.arange(D), 0.9)
-    assert float(least[3]) == float("inf")
-    assert least.isfinite().sum() == D - 1
+    statistics = recorded(gates, ups)
+    kept = torch.arange(D)
+    least = statistics.least(kept, 0.8)
+    assert least.isfinite().all()
+    others = kept[kept != 3]
+    sizes = ups.square().mean(dim=0).sqrt()
+    typical = sizes[others].square().mean().sqrt()
+    torch.testing.assert_close(least[3] * typical, least[4] * sizes[4])
+    # Without a gate it is multiplied by 1, as every other is.
+    plain = GateStatistics()
+    plain.update(gates.relu(), gates.relu(), torch.arange(30))
+    least = plain.least(kept, 0.25)
+    torch.testing.assert_close(least, least[:1].expand(D))
+    closed = GateStatistics()
+    closed.update(torch.zeros(4, D), torch.zeros(4, D), torch.arange(4))
+    assert closed.least(kept, 0.5).tolist() == [0.0] * D
 
 
 def test_nothing_recorded_is_an_error() -> None:

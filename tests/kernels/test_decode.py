@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from coreinfer.errors import UserError
@@ -190,7 +189,7 @@ def test_native_steps_skip_what_the_twins_skip(
     weights, records = model_of(form, **VARIANTS[variant])
     least = torch.rand(22, generator=torch.Generator().manual_seed(3)) / 4
     some = plan_of(weights, records, form, 2, skip_zeros=True)
-    sparse = replace(some.mlps[0], least=pad(least, (0, 10)))
+    sparse = some.mlps[0].skipping(least)
     skipping = Plan([sparse, some.mlps[1], sparse], some.stand_ins)
     plans = [skipping, plan_of(weights, records, form, None), skipping, some]
     counts: dict[str | None, list[int]] = {}

@@ -60,15 +60,10 @@ def random_mlp(
     columns = width(form)
     parts = [records_of(form, rows, columns, seed) for seed in range(3 if gated else 2)]
     bias = None if gated else torch.randn(rows, generator=torch.Generator().manual_seed(4))
-    return pack_mlp(
-        torch.cat(parts, dim=1),
-        columns,
-        form,
-        gated=gated,
-        in_bias=bias,
-        skip_zeros=skip_zeros,
-        least=least,
+    packed = pack_mlp(
+        torch.cat(parts, dim=1), columns, form, gated=gated, in_bias=bias, skip_zeros=skip_zeros
     )
+    return packed if least is None else packed.skipping(least)
 
 
 def thresholds(rows: int = 150) -> Tensor:

@@ -282,6 +282,8 @@ def selector_from(args: argparse.Namespace, *, quiet: bool = False) -> Selector:
     takes: dict[str, Any] = {field.name: field for field in fields(rule)}
     if rule.keep_name != "beta":
         del takes["beta"]  # a rule with a name of its own for the fraction it keeps
+    if args.selector == "dense":
+        del takes["active"]
     if "calibration" in takes:
         given["calibration"] = calibration_from(args, f"--selector {args.selector}")
     if "clusters" in takes:

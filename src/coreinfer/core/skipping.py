@@ -44,7 +44,7 @@ class GateStatistics:
         if positions.numel() == 0:
             return
         self.tokens += positions.numel()
-        gates = gates.detach().float()
+        gates = gates.detach()
         closed = gates == 0
         ups = (h.detach().float() / gates).masked_fill_(closed, 0.0)
         square_sum = activation_sums(ups, None).square_sum
@@ -74,12 +74,25 @@ class GateStatistics:
         if self.gates is None or self.square_sum is None or self.open is None:
             raise ValueError("no token was recorded")
         kept = kept.long().to(self.gates.device)
-        mean_square = self.square_sum / self.open.clamp(min=1).to(self.square_sum.device)
-        sizes = mean_square.sqrt().float().to(kept.device)[kept]
-        products = (self.gates[:, kept].abs() * sizes).flatten().cpu().numpy()
+        sizes = self._sizes().to(kept.device)[kept]
+        products = (self.gates[:, kept].float().abs() * sizes).flatten().cpu().numpy()
         rank = len(products) - max(1, round(active * len(products)))
         threshold = float(np.partition(products, rank)[rank])
-        return torch.where(sizes > 0, threshold / sizes, torch.inf).cpu()
+        return (threshold / sizes).cpu()
+
+    def _sizes(self) -> Tensor:
+        """The root mean square of what each gate is multiplied by, [D] float32; of a gate that was
+        never open, that of the others, or 1 where none was."""
+        assert self.square_sum is not None
+        assert self.open is not None
+        opened = self.open.to(self.square_sum.device)
+        known = (opened > 0) & (self.square_sum > 0)
+        mean_square = self.square_sum[known] / opened[known]
+        sizes = torch.ones_like(self.square_sum)
+        if known.any():
+            sizes[:] = mean_square.mean().sqrt()
+            sizes[known] = mean_square.sqrt()
+        return sizes.float()
 
 
 def _sampled(positions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

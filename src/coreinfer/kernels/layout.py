@@ -19,10 +19,11 @@ native code or with the torch twins that define these layouts, in `coreinfer.ker
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from coreinfer.errors import UserError
 from coreinfer.kernels.formats import WeightFormat
@@ -33,6 +34,11 @@ TILE = 16
 def padded(count: int, multiple: int = TILE) -> int:
     """`count` rounded up to a multiple."""
     return -(-count // multiple) * multiple
+
+
+def padded_vector(vector: Tensor) -> Tensor:
+    """float32, with zeros behind it up to a multiple of 16."""
+    return pad(vector.to(torch.float32), (0, -len(vector) % TILE)).contiguous()
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,16 @@ class PackedMlp:
     def num_neurons(self) -> int:
         """K."""
         return self.down.neurons
+
+    def skipping(self, least: Tensor) -> PackedMlp:
+        """The same weights, of which activations below `least` [K] count as zero.
+
+        Raises:
+            UserError: if it is not stored by neuron.
+        """
+        if not self.down.by_neuron:
+            raise UserError("small activations are skipped where an MLP is stored by neuron alone")
+        return replace(self, least=padded_vector(least))
 
     @property
     def num_bytes(self) -> int:

@@ -10,9 +10,9 @@ The down projection has its groups along the outputs, a scale a neuron. There th
 activation, a[n, G] = h_n * scale[n, G], and a is rounded in blocks of 32 neurons, in the order of
 the core set: y[G] = sum_n a[n, G] q[n, G]; for int4, whose q are not centred, it is
 y[G] = sum_n a[n, G] (q[n, G] - 8) + sum_n h_n (minimum[n, G] + 8 scale[n, G]), the second sum not
-rounded, so that the rounding meets numbers around zero. Stored by neuron (ReLU models) it is an
-exact float32 sum over the neurons that are not zero, and a gated MLP's up rows meet exact float32
-inputs for these neurons. Activations (gated: of the gate) below their `least` count as zero there.
+rounded, so that the rounding meets numbers around zero. Stored by neuron (where some are skipped)
+it is an exact float32 sum over the neurons that are not zero, and a gated MLP's up rows meet exact
+float32 inputs for these neurons. Activations (gates') below their `least` count as zero there.
 """
 
 from __future__ import annotations

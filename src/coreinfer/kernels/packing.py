@@ -6,7 +6,6 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from coreinfer.errors import UserError
 from coreinfer.kernels.arena import Arena
@@ -19,6 +18,7 @@ from coreinfer.kernels.layout import (
     down_bytes,
     packed_bytes,
     padded,
+    padded_vector,
 )
 from coreinfer.kernels.library import native, num_threads
 from coreinfer.kernels.packing_twin import pack_down, pack_rows
@@ -60,7 +60,6 @@ def pack_mlp(
     index: Tensor | None = None,
     in_bias: Tensor | None = None,
     skip_zeros: bool = False,
-    least: Tensor | None = None,
     arena: Arena | None = None,
     threads: int | None = None,
 ) -> PackedMlp:
@@ -74,7 +73,6 @@ def pack_mlp(
         in_bias: float32 [D], of fc1; for MLPs that are not gated.
         skip_zeros: store what comes after the activation function by neuron (the down column and,
             gated, the up row), so that neurons for which it is exactly zero are not read: for ReLU.
-        least: float32 [K], with `skip_zeros`: activations of smaller magnitude count as zero.
         arena, threads: as in `pack`.
 
     Raises:
@@ -86,8 +84,6 @@ def pack_mlp(
     _check_records(records, parts * size)
     if gated and in_bias is not None:
         raise UserError("biases of the neurons are known of plain MLPs alone, this one is gated")
-    if least is not None and not skip_zeros:
-        raise UserError("small activations are skipped where MLPs are stored by neuron alone")
     neurons = len(records) if index is None else len(index)
     in_tiles = 1 if skip_zeros else parts - 1
     rows = in_tiles * padded(neurons)
@@ -99,20 +95,15 @@ def pack_mlp(
         _pack_down(records, part * size, index, hidden_size, form, skip_zeros, out, threads)
         return PackedDown(form, neurons, hidden_size, skip_zeros, out)
 
-    def padded_vector(vector: Tensor | None) -> Tensor | None:
-        if vector is None:
-            return None
-        return pad(vector.to(torch.float32), (0, padded(neurons) - neurons)).contiguous()
-
-    if in_bias is not None and index is not None:
-        in_bias = in_bias[index]
+    bias = None
+    if in_bias is not None:
+        bias = padded_vector(in_bias if index is None else in_bias[index])
     return PackedMlp(
         into=Packed(form, rows, hidden_size, into),
         down=by_neuron_or_streamed(parts - 1),
         gated=gated,
-        in_bias=padded_vector(in_bias),
+        in_bias=bias,
         up=by_neuron_or_streamed(1) if gated and skip_zeros else None,
-        least=padded_vector(least),
     )
 
 

@@ -14,6 +14,9 @@ from coreinfer.tuning.candidate import Candidate
 from coreinfer.tuning.prices import Prices
 
 DIGITS = 6  # of a keep: enough for round(keep * D) to be the number of neurons that was meant
+# What skipping core neurons loses, as a part of what keeping so few would: 0.3 by hand, from KL at
+# keeps 0.5 to 1 (docs/method.md).
+SKIPPED = 0.3
 FINENESS = 32  # pieces of an error curve between two measured keeps
 
 
@@ -71,12 +74,14 @@ class Cost:
         neuron: for each of its core neurons.
         stand_in: whatever it keeps.
         neurons: D.
+        active: fraction of the core neurons that a token computes whole.
     """
 
     whole: int
     neuron: int
     stand_in: int
     neurons: int
+    active: float
 
     def of(self, kept: int) -> int:
         """With so many core neurons, all of them being a dense layer."""
@@ -110,7 +115,7 @@ class Planner:
 
         Raises:
             UserError: if so few bytes do not pay for its dense layers, its stand-in and a neuron
-                in each other layer.
+                in each other layer, or pay for more neurons than there are, some skipped.
         """
         profile, costs = design.profile, self._costs(design)
         ends = (profile.first, self.num_layers - profile.last)
@@ -139,7 +144,13 @@ class Planner:
         active = float(design.rule.get("active", 1.0))
         stand_in = self.prices.stand_in(design.stand_in, design.fit)
         return [
-            Cost(self.prices.layer(layer), self.prices.neuron(layer, active), stand_in, neurons)
+            Cost(
+                self.prices.layer(layer),
+                self.prices.neuron(layer, active),
+                stand_in,
+                neurons,
+                active,
+            )
             for layer, neurons in enumerate(self.prices.cost.num_neurons)
         ]
 
@@ -149,6 +160,8 @@ class Planner:
         keep = min(left / sum(cost.neuron * cost.neurons for cost in costs.values()), 1.0)
         while True:
             kept = {layer: max(int(keep * cost.neurons), 1) for layer, cost in costs.items()}
+            if any(cost.active < 1 and kept[n] == cost.neurons for n, cost in costs.items()):
+                raise UserError("so many bytes pay for all neurons, and more of them active")
             if sum(costs[layer].neuron * neurons for layer, neurons in kept.items()) <= left:
                 return {layer: costs[layer].kept(neurons) for layer, neurons in kept.items()}
             keep *= 0.98  # a small layer's one neuron is more than its fraction
@@ -168,11 +181,19 @@ class Planner:
     def _curve(self, profile: Profile, layer: int, cost: Cost) -> Curve:
         """What the profile takes the layer to lose at each number of bytes."""
         weight = exp(profile.weight(layer, self.num_layers))
-        points = {float(cost.of(1)): self._error(profile.spread, layer, 1 / cost.neurons)}
-        for keep in self.errors.keeps:
+        keeps, skipping = [keep for keep in self.errors.keeps if keep < 1], 0.0
+        if cost.active < 1:
+            keeps.append(1 - 1 / cost.neurons)
+            skipping = SKIPPED * self._error(profile.spread, layer, cost.active)
+
+        def error(keep: float) -> float:
+            return skipping + self._error(profile.spread, layer, keep)
+
+        points = {float(cost.of(1)): error(1 / cost.neurons)}
+        for keep in keeps:
             bytes_ = keep * cost.neurons * cost.neuron + cost.stand_in
             if cost.of(1) < bytes_ < cost.whole:
-                points[bytes_] = self._error(profile.spread, layer, keep)
+                points[bytes_] = error(keep)
         points[float(cost.whole)] = 0.0
         costs = tuple(sorted(points))
         return Curve(costs, tuple(weight * points[at] for at in costs)).smooth(FINENESS)

@@ -18,6 +18,7 @@ from coreinfer.standins import Linear
 # Than in the prompt, which the thresholds come from: 1 to 2 % was measured. What is planned for is
 # not to be exceeded.
 MORE_ACTIVE = 1.03
+LEAST_SKIPPED = 1 - 1e-6  # where thresholds are read at all
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class Prices:
 
     def neuron(self, layer: int, active: float = 1.0) -> int:
         """A core neuron of a layer, of which a token computes `active` whole, or a little more."""
-        return ceil(self.cost.neuron(layer, min(active * MORE_ACTIVE, 1.0)))
+        if active == 1:
+            return self.cost.per_neuron[layer]
+        return ceil(self.cost.neuron(layer, min(active * MORE_ACTIVE, LEAST_SKIPPED)))
 
     def stand_in(self, name: str, fit: Mapping[str, Any]) -> int:
         """A stand-in in one layer; a map has its rank unless the prompt is shorter."""

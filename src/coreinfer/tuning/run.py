@@ -107,7 +107,7 @@ def tune(
     start = tuner.best_of([*finalists, *_single_designs(tuner).values()], share)
     design = tuner.best_of([start, tuner.descended(start, share, effort.steps)], share)
     (found,) = tuner.points([(design, share)], FINAL if design == start else DESCENT)
-    if found is not None:
+    if found is not None and (goal.limit is not None or tuner.within([found])):
         chosen = found
     if goal.limit is not None and tuner.within([chosen]):
         chosen = tuner.cheapest([chosen])

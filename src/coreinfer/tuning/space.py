@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from coreinfer.tuning.prices import Prices
 
 RULES = ("stability", "similarity", "auto", "impact", "griffin", "residual")
 RANKS = (4, 8, 16, 32, 64, 128, 256)
-ACTIVE = (0.75, 0.5)  # of the core neurons, at which the two best rules are tried
+ACTIVE = (0.75, 0.6)  # of the core neurons, at which the two best rules are tried
 MAP_SHARE = 8  # a stand-in's map may read one part in so many of its layer
 MOST_DENSE = 4  # layers at either end of the model, and a quarter of it at most
 LEAST_SHARE, MOST_SHARE = 0.2, 0.97  # of the dense MLPs' bytes, where they are searched
@@ -32,16 +33,17 @@ class Trial(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers to search, by their logarithm unless `log` is false."""
+    """Numbers to search, by their logarithm unless `log` is false; above `most` it is `most`."""
 
     low: float
     high: float
     log: bool = True
+    most: float = inf
 
     def suggest(self, trial: Trial, name: str) -> float:
         if isinstance(self.low, int) and isinstance(self.high, int):
             return trial.suggest_int(name, self.low, self.high, log=self.log)
-        return trial.suggest_float(name, self.low, self.high, log=self.log)
+        return min(trial.suggest_float(name, self.low, self.high, log=self.log), self.most)
 
 
 # Options that are searched, by the field that a rule or a stand-in has for them.
@@ -49,7 +51,7 @@ OPTIONS: Mapping[str, Range] = MappingProxyType(
     {
         "alpha": Range(0.05, 1.0),
         "prior_tokens": Range(8, 1024),
-        "active": Range(0.3, 1.0, log=False),
+        "active": Range(0.3, 1.2, log=False, most=1.0),  # a part of the trials skips none
         "ridge": Range(0.03, 30.0),
     }
 )

@@ -20,6 +20,7 @@ from coreinfer.tuning.space import LEAST_SHARE
 
 SEARCH, DESCENT, FINAL, REPORT = "search", "descent", "final", "report"  # parts of the prompts
 WIDER = 0.04  # of a layer's neurons: the next ones, whose worth is weighed
+ROUNDING = 1e-6  # of a share of bytes
 STEPS = 8  # shares that are measured at a time, to find the least within a limit
 
 
@@ -124,11 +125,15 @@ class Tuner:
         ]
 
     def within(self, points: Sequence[Point | None]) -> list[Point]:
-        """Those that keep the goal's limit, the fewest bytes first; without one, least loss."""
+        """Those that keep the goal's limit, the fewest bytes first; or its bytes, least loss first.
+
+        What is read is measured where core neurons are skipped, and may be more than was planned.
+        """
         there = [point for point in points if point is not None]
-        limit = self.goal.limit
+        limit, share = self.goal.limit, self.goal.share
         if limit is None:
-            return sorted(there, key=lambda point: point.loss.mean)
+            kept = [point for point in there if share is None or point.share <= share + ROUNDING]
+            return sorted(kept, key=lambda point: point.loss.mean)
         kept = [point for point in there if point.loss.mean <= limit]
         return sorted(kept, key=lambda point: (point.share, point.loss.mean))
 

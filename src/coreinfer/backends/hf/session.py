@@ -164,12 +164,14 @@ class HfSession:
         """Bytes that the last pass did not need of the rows' first tokens, so many a row."""
         if not max(lengths):
             return [0.0] * len(lengths)
-        left_out = torch.zeros(len(lengths), max(lengths), dtype=torch.float64)
+        left_out = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        left_out = left_out.to(self._backend.model.device)  # added up there: looked at once
         for layer, compact in self._compact.items():
             if compact.skip is not None and compact.skip.skipped is not None:
-                skipped = compact.skip.skipped.reshape(left_out.shape).cpu()
+                skipped = compact.skip.skipped.reshape(left_out.shape).to(left_out.device)
                 left_out += skipped * self._backend.cost.behind_gate[layer]
-        return [float(row[:length].sum()) for row, length in zip(left_out, lengths, strict=True)]
+        by_token = left_out.cpu()
+        return [float(row[:length].sum()) for row, length in zip(by_token, lengths, strict=True)]
 
     def decode_with(
         self, small: Mapping[int, SmallMlp], token_ids: Sequence[Sequence[int]]
@@ -220,17 +222,16 @@ class HfSession:
             chunk, real = ids[:, start : start + size], mask[:, start : start + size]
             seen = windows.advance(real, chunk)
 
-            def observe(layer: int, x: Tensor, h: Tensor, first: Tensor) -> None:
-                parts = [x, h]
-                if recorders[0].plan.gates:
-                    parts.append(self._backend.anatomy.layers[layer].gates(first, h))
+            def observe(layer: int, x: Tensor, h: Tensor, gates: Tensor | None) -> None:
+                parts = [x, h] if gates is None else [x, h, gates]
                 shape = chunk.shape  # noqa: B023  # called before the loop moves on
                 parts = [part.reshape(*shape, -1) for part in parts]
                 for row, window in enumerate(seen):  # noqa: B023
                     columns = window.columns.to(h.device)
                     recorders[row].observe(layer, window, *(p[row, columns] for p in parts))
 
-            logits = self._forward(chunk, real, observe=observe)
+            asked = recorders[0].plan.gates
+            logits = self._forward(chunk, real, observe=observe, gates=asked)
         return logits[:, -1]
 
     def _require_window(self, mask: Tensor) -> None:
@@ -251,6 +252,7 @@ class HfSession:
         mask: Tensor,
         *,
         observe: Observer | None = None,
+        gates: bool = False,
         small: Mapping[int, SmallMlp] | None = None,
         logits_to_keep: int = 1,
     ) -> Tensor:
@@ -271,7 +273,7 @@ class HfSession:
             arguments["logits_to_keep"] = logits_to_keep
         with self._board.installed() as board:
             if small is None:
-                board.observe(observe)
+                board.observe(observe, gates=gates)
             else:
                 board.compute_with(small)
             logits = self._backend.model(**arguments).logits

@@ -80,7 +80,7 @@ class SparseRun:
         self._ahead: Tensor | None = None  # mask of what is left of generate's prefill
         self._pass: _Pass | None = None
         self.phase = Phase.PREFILL
-        self._board.observe(self._observe)
+        self._board.observe(self._observe, gates=self._selector.active < 1)
 
     def select(self) -> list[Choice]:
         """Choose the core neurons of what was recorded; passes from here on use them alone.
@@ -215,13 +215,11 @@ class SparseRun:
             )
         return recording
 
-    def _observe(self, layer: int, x: Tensor, h: Tensor, first: Tensor) -> None:
+    def _observe(self, layer: int, x: Tensor, h: Tensor, gates: Tensor | None) -> None:
         now, recording = self._pass, self._recording
         if now is None or recording is None:
             raise UserError("inside sparse(), call the model itself, not a part of it")
-        parts = [x, h]
-        if recording.recorders[0].plan.gates:
-            parts.append(self._anatomy.layers[layer].gates(first, h))
+        parts = [x, h] if gates is None else [x, h, gates]
         parts = [part.reshape(now.batch, now.width, -1) for part in parts]
         rows = range(0, now.batch, self._rows_per_prompt)
         for recorder, window, row in zip(recording.recorders, now.windows, rows, strict=True):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from coreinfer.models.mlp import MlpLayer
 
-# (layer index, x, h, first): the MLP's input, activations and the output of its first input linear,
-# [B, T, .] or flattened to [B * T, .]
-Observer = Callable[[int, Tensor, Tensor, Tensor], None]
+# (layer index, x, h, gates): the MLP's input, its activations and, where they were asked for, those
+# of its gate (h itself where it has none), [B, T, .] or flattened to [B * T, .]
+Observer = Callable[[int, Tensor, Tensor, Tensor | None], None]
 
 
 class SmallMlp(Protocol):
@@ -87,6 +87,7 @@ class MlpSwitch:
     def __init__(self, layer: MlpLayer) -> None:
         self.layer = layer
         self.observer: Observer | None = None
+        self.gates = False  # whether the observer asks for them
         self.compact: SmallMlp | None = None
         self._x: Tensor | None = None
         self._first: Tensor | None = None
@@ -103,19 +104,21 @@ class MlpSwitch:
     def _input(self, position: int, dense: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         self._x = x
         y = dense(x) if self.compact is None else self.compact.inputs[position](x)
-        if position == 0:
-            self._first = y
+        if position == 0 and (self.compact is not None or self.gates):
+            self._first = y  # else the memory is free before h is projected
         return y
 
     def _output(self, dense: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
         x, self._x = self._x, None
         first, self._first = self._first, None
         assert x is not None  # every family reads x before it makes h
-        assert first is not None
         if self.compact is not None:
+            assert first is not None
             return self.compact.project(h, x, first)
         if self.observer is not None:
-            self.observer(self.layer.index, x, h, first)
+            self.observer(
+                self.layer.index, x, h, None if first is None else self.layer.gates(first, h)
+            )
         return dense(h)
 
 
@@ -140,15 +143,16 @@ class Switchboard:
                 for switch in self._switches:
                     switch.clear()
 
-    def observe(self, observer: Observer | None) -> None:
-        """Dense passes, each layer shown to `observer`."""
+    def observe(self, observer: Observer | None, *, gates: bool = False) -> None:
+        """Dense passes, each layer shown to `observer`, with its gates if it asks for them."""
         for switch in self._switches:
-            switch.observer, switch.compact = observer, None
+            switch.observer, switch.compact, switch.gates = observer, None, gates
 
     def compute_with(self, compact: Mapping[int, SmallMlp]) -> None:
         """Sparse passes: the layers in `compact` with their core neurons, the others dense."""
         for switch in self._switches:
-            switch.observer, switch.compact = None, compact.get(switch.layer.index)
+            switch.observer, switch.gates = None, False
+            switch.compact = compact.get(switch.layer.index)
 
 
 @contextmanager

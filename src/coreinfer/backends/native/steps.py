@@ -60,20 +60,22 @@ class Stepper:
         return self.plan({})
 
     def pack_layer(self, small: SmallLayer) -> list[PackedLayer]:
-        """The core neurons of each sequence; equal sets are packed, and later read, once."""
+        """The core neurons of each sequence; equal sets are packed once, and read once where no
+        neuron is skipped."""
         arena = Arena(mappings=self._mappings)
         packed: dict[bytes, PackedMlp] = {}
         layers = []
         for row, index in enumerate(small.kept):
-            least = None if small.least is None else small.least[row]
-            key = index.numpy().tobytes() + (b"" if least is None else least.numpy().tobytes())
+            key = index.numpy().tobytes()
             if key not in packed:
-                packed[key] = self._pack_mlp(small.layer, index, arena, least)
+                by_neuron = small.least is not None
+                packed[key] = self._pack_mlp(small.layer, index, arena, by_neuron=by_neuron)
+            mlp = packed[key] if small.least is None else packed[key].skipping(small.least[row])
             stand_in = None
             if small.terms is not None:
                 term = small.terms[row]
                 stand_in = StandInWeights.pack(term.offset, term.left, term.right, arena)
-            layers.append(PackedLayer(packed[key], stand_in))
+            layers.append(PackedLayer(mlp, stand_in))
         return layers
 
     def plan(self, sparse: Mapping[int, PackedLayer]) -> Plan:
@@ -127,7 +129,7 @@ class Stepper:
         return self._dense[layer]
 
     def _pack_mlp(
-        self, layer: int, index: Tensor | None, arena: Arena, least: Tensor | None = None
+        self, layer: int, index: Tensor | None, arena: Arena, *, by_neuron: bool = False
     ) -> PackedMlp:
         weights = self._weights
         return pack_mlp(
@@ -137,8 +139,7 @@ class Stepper:
             gated=weights.config.gated,
             index=index,
             in_bias=weights.vector(f"layers.{layer}.mlp_in_bias"),
-            skip_zeros=self._skip_zeros or least is not None,
-            least=least,
+            skip_zeros=self._skip_zeros or by_neuron,
             arena=arena,
         )
 
