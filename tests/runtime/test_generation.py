@@ -52,6 +52,17 @@ def test_a_prompt_answers_the_same_alone_and_in_a_batch(
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
 
 
+def test_bytes_are_those_of_the_answer_whatever_goes_on_beside_it() -> None:
+    backend, selector = tiny_backend(), Impact(beta=0.5, active=0.4)
+    first = answers(backend, PROMPTS[:1], selector)[0].token_ids
+    backend.model.generation_config.eos_token_id = [EOS, first[3]]
+    together = answers(backend, PROMPTS, selector)
+    alone = [answers(backend, [prompt], selector)[0] for prompt in PROMPTS]
+    assert len({record.generated_tokens for record in alone}) > 1
+    assert [r.bytes_per_token for r in together] == [r.bytes_per_token for r in alone]
+    assert len({record.bytes_per_token for record in alone}) > 1
+
+
 def test_the_seed_decides_what_is_sampled() -> None:
     backend, selector = tiny_backend(), Stability(beta=0.5)
     draw = [
