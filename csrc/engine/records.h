@@ -12,7 +12,6 @@ using coreinfer::Range;
 
 constexpr int kTogether = 4;            // records that are read at a time
 constexpr int64_t kRecordBlock = 256;   // neurons: for the next row, their records are in the cache
-constexpr int kNextRecords = 2 * kTogether;   // records that are asked for before they are read
 
 // Sixteen of a record's `count` float16 numbers, from the i-th on, with zeros behind the last: the
 // record may end right after it.
@@ -64,25 +63,15 @@ inline int not_zero(const float* h, int64_t start, int64_t size, int32_t* found)
   return count;
 }
 
-// Four of a list of records, the last one again where there are fewer, and the way to those that come
-// after: a processor does not guess where the next neuron that is not zero lies.
+// Four of a list of records, the last one again where there are fewer. They are not asked for before:
+// within a record a processor fetches ahead by itself, and whole records are too much for its cache.
 struct Records {
   const uint8_t* each[kTogether];
 
-  template <class S>
-  static Records at(const CiMatrix& matrix, const int32_t* some, int i, int count, Range tiles) {
-    const int64_t size = record_bytes(matrix), weights = weight_bytes(matrix);
-    const int64_t begin = tiles.begin * kTile * weights / matrix.rows;
-    const int64_t end = tiles.end * kTile * weights / matrix.rows;
-    Records found;
-    for (int k = 0; k < kTogether; ++k) {
-      found.each[k] = matrix.data + some[i + k < count ? i + k : count - 1] * size;
-      if (i + k + kNextRecords >= count) continue;
-      const uint8_t* next = matrix.data + some[i + k + kNextRecords] * size;
-      for (int64_t at = begin; at < end; at += 64) S::prefetch(next + at);
-      for (int64_t at = weights; at < size; at += 64) S::prefetch(next + at);
-    }
-    return found;
+  Records(const CiMatrix& matrix, const int32_t* some, int i, int count) {
+    const int64_t size = record_bytes(matrix);
+    for (int k = 0; k < kTogether; ++k)
+      each[k] = matrix.data + some[i + k < count ? i + k : count - 1] * size;
   }
 };
 
@@ -143,7 +132,6 @@ void group_sums(const CiMatrix& matrix, const float* x, float* sums) {
 template <class S>
 void multiply_by_records(const CiMatrix& matrix, Range neurons, const Batch& batch, float* numbers,
                          float* const* h) {
-  const Range tiles = {0, pad(matrix.rows) / kTile};
   float* x_sums = numbers + kTogether * pad(pad(matrix.rows) / kTile);
   int32_t some[kRecordBlock];
   for (int64_t start = neurons.begin; start < neurons.end; start += kRecordBlock) {
@@ -154,7 +142,7 @@ void multiply_by_records(const CiMatrix& matrix, Range neurons, const Batch& bat
       const int count = not_zero(h[b], start, size, some);
       for (int i = 0; i < count; i += kTogether) {
         alignas(64) float sums[kTogether];
-        const Records records = Records::at<S>(matrix, some, i, count, tiles);
+        const Records records(matrix, some, i, count);
         dot_records<S>(matrix, records, x, x_sums, numbers, sums);
         for (int k = 0; k < kTogether && i + k < count; ++k) h[b][some[i + k]] *= sums[k];
       }
@@ -214,7 +202,7 @@ template <class S>
 void add_records(const CiMatrix& matrix, const int32_t* some, int count, const float* h, Range tiles,
                  float* numbers, float* y) {
   for (int i = 0; i < count; i += kTogether) {
-    const Records records = Records::at<S>(matrix, some, i, count, tiles);
+    const Records records(matrix, some, i, count);
     float factors[kTogether];
     for (int k = 0; k < kTogether; ++k) factors[k] = i + k < count ? h[some[i + k]] : 0.0f;
     add_together<S>(matrix, records, factors, tiles, numbers, y);
