@@ -14,9 +14,6 @@ from coreinfer.tuning.candidate import Candidate
 from coreinfer.tuning.prices import Prices
 
 DIGITS = 6  # of a keep: enough for round(keep * D) to be the number of neurons that was meant
-# What skipping core neurons loses, as a part of what keeping so few would: 0.3 by hand, from KL at
-# keeps 0.5 to 1 (docs/method.md).
-SKIPPED = 0.3
 FINENESS = 32  # pieces of an error curve between two measured keeps
 
 
@@ -86,6 +83,12 @@ class Cost:
     def of(self, kept: int) -> int:
         """With so many core neurons, all of them being a dense layer."""
         return self.whole if kept == self.neurons else self.neuron * kept + self.stand_in
+
+    @property
+    def most(self) -> int:
+        """What a layer between the dense ends may read: where some neurons are skipped, with all
+        but one of them. Between that and a dense layer there is nothing to be had for bytes."""
+        return self.whole if self.active == 1 else min(self.of(self.neurons - 1), self.whole)
 
     def kept(self, wanted: int) -> int:
         """So many core neurons, at least one; all of them where a dense layer reads no more."""
@@ -161,7 +164,7 @@ class Planner:
         while True:
             kept = {layer: max(int(keep * cost.neurons), 1) for layer, cost in costs.items()}
             if any(cost.active < 1 and kept[n] == cost.neurons for n, cost in costs.items()):
-                raise UserError("so many bytes pay for all neurons, and more of them active")
+                raise too_many()
             if sum(costs[layer].neuron * neurons for layer, neurons in kept.items()) <= left:
                 return {layer: costs[layer].kept(neurons) for layer, neurons in kept.items()}
             keep *= 0.98  # a small layer's one neuron is more than its fraction
@@ -170,6 +173,10 @@ class Planner:
         self, profile: Profile, costs: Mapping[int, Cost], budget: float
     ) -> dict[int, int]:
         """The least sum of errors."""
+        if budget > sum(cost.most for cost in costs.values()) and any(
+            cost.active < 1 for cost in costs.values()
+        ):
+            raise too_many()
         curves = [self._curve(profile, layer, cost) for layer, cost in costs.items()]
         kept = {}
         for (layer, cost), spent in zip(costs.items(), allocate(curves, budget), strict=True):
@@ -180,21 +187,13 @@ class Planner:
 
     def _curve(self, profile: Profile, layer: int, cost: Cost) -> Curve:
         """What the profile takes the layer to lose at each number of bytes."""
-        weight = exp(profile.weight(layer, self.num_layers))
-        keeps, skipping = [keep for keep in self.errors.keeps if keep < 1], 0.0
-        if cost.active < 1:
-            keeps.append(1 - 1 / cost.neurons)
-            skipping = SKIPPED * self._error(profile.spread, layer, cost.active)
-
-        def error(keep: float) -> float:
-            return skipping + self._error(profile.spread, layer, keep)
-
-        points = {float(cost.of(1)): error(1 / cost.neurons)}
-        for keep in keeps:
+        weight = exp(profile.weight(layer, self.num_layers))  # what is skipped is so in all alike
+        points = {float(cost.of(1)): self._error(profile.spread, layer, 1 / cost.neurons)}
+        for keep in self.errors.keeps:
             bytes_ = keep * cost.neurons * cost.neuron + cost.stand_in
-            if cost.of(1) < bytes_ < cost.whole:
-                points[bytes_] = error(keep)
-        points[float(cost.whole)] = 0.0
+            if keep < 1 and cost.of(1) < bytes_ < cost.most:
+                points[bytes_] = self._error(profile.spread, layer, keep)
+        points[float(cost.most)] = 0.0
         costs = tuple(sorted(points))
         return Curve(costs, tuple(weight * points[at] for at in costs)).smooth(FINENESS)
 
@@ -206,6 +205,11 @@ class Planner:
             measured *= neutral / (1 - least) ** 2
         # A layer without a measurable error is not free: it is worth little.
         return float(max(measured, 1e-6) ** spread * neutral ** (1 - spread))
+
+
+def too_many() -> UserError:
+    """For bytes that a design with skipped neurons cannot spend."""
+    return UserError("so many bytes pay for all neurons, and for more of them active")
 
 
 def _topped_up(kept: dict[int, int], costs: Sequence[Cost], budget: float) -> dict[int, int]:
