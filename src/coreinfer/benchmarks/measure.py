@@ -33,18 +33,18 @@ class About:
         dtype: of its weights, as the engine names it.
         selector: the rule that chose its neurons; "dense" for all of them.
         density: kept neurons / all neurons.
-        active: share of them that a token was to compute whole.
         bytes_per_token: weights read to decode a token; None where the engine does not say.
         zero_activations: share of the kept neurons that are exactly zero and so not read; None
             where none is skipped.
+        active: share of the kept neurons that a token was to compute whole.
     """
 
     dtype: str
     selector: str = "dense"
     density: float = 1.0
-    active: float = 1.0
     bytes_per_token: int | None = None
     zero_activations: float | None = None
+    active: float = 1.0
 
 
 class Engine(Protocol):
