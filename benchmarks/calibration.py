@@ -26,7 +26,7 @@ from benchmarks.texts import add_window_options, read_windows
 from coreinfer.api import load
 from coreinfer.backends.base import Backend
 from coreinfer.calibration.store import CalibrationStore
-from coreinfer.cli.values import layer_list
+from coreinfer.cli.values import fractions, layer_list, whole_numbers
 from coreinfer.evaluation.continuations import Quality, Setting, Window, measure, windows
 from coreinfer.journal import Journal
 from coreinfer.jsonl import read_text
@@ -243,14 +243,6 @@ def named_path(text: str) -> tuple[str, str]:
     return name, path
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def ratios(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -258,7 +250,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--stores", type=named_path, nargs="+", required=True, metavar="NAME=STORE")
     parser.add_argument("--ranks", type=whole_numbers, default=(64,), help="of the stand-in")
-    parser.add_argument("--active", type=ratios, default=(1.0,), help="of the core neurons")
+    parser.add_argument("--active", type=fractions, default=(1.0,), help="of the core neurons")
     parser.add_argument("--keep", type=float, default=0.5, help="whose bytes every row may read")
     parser.add_argument("--dense-layers", type=layer_list, default=())
     parser.add_argument("--backend", choices=("native", "hf"), default="native")

@@ -64,14 +64,13 @@ class BackendEngine:
 
     def about(self) -> About:
         choice = self._chosen()
+        (size,) = bytes_per_token(self._backend, self._session, self._selector, [choice])
         return About(
             dtype=self._backend.dtype,
             selector=self._selector.name,
             density=choice.core_set.density,
             active=self._selector.active,
-            bytes_per_token=bytes_per_token(self._backend, self._session, self._selector, [choice])[
-                0
-            ],
+            bytes_per_token=size,
         )
 
     def _chosen(self) -> Choice:

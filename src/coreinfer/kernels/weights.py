@@ -16,7 +16,7 @@ from coreinfer.errors import UserError
 from coreinfer.kernels import abi
 from coreinfer.kernels.arena import Arena
 from coreinfer.kernels.formats import WeightFormat
-from coreinfer.kernels.layout import TILE, Packed, PackedMlp
+from coreinfer.kernels.layout import Packed, PackedMlp, padded_vector
 from coreinfer.kernels.linear import abi_matrix, abi_mlp
 from coreinfer.kernels.linear_twin import ACTIVATIONS
 from coreinfer.kernels.packing import pack
@@ -135,7 +135,7 @@ class _Vectors:
 
     def padded(self, vector: Tensor | None) -> int | None:
         """Of a vector with zeros behind it up to a multiple of 16."""
-        return None if vector is None else self.address(pad(vector, (0, -len(vector) % TILE)))
+        return None if vector is None else self.address(padded_vector(vector.detach()))
 
     def layer(self, layer: LayerWeights) -> abi.Layer:
         """A layer's structure."""

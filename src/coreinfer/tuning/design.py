@@ -173,9 +173,8 @@ class Planner:
         self, profile: Profile, costs: Mapping[int, Cost], budget: float
     ) -> dict[int, int]:
         """The least sum of errors."""
-        if budget > sum(cost.most for cost in costs.values()) and any(
-            cost.active < 1 for cost in costs.values()
-        ):
+        skips = any(cost.active < 1 for cost in costs.values())
+        if skips and budget > sum(cost.most for cost in costs.values()):
             raise too_many()
         curves = [self._curve(profile, layer, cost) for layer, cost in costs.items()]
         kept = {}
@@ -187,7 +186,7 @@ class Planner:
 
     def _curve(self, profile: Profile, layer: int, cost: Cost) -> Curve:
         """What the profile takes the layer to lose at each number of bytes."""
-        weight = exp(profile.weight(layer, self.num_layers))  # what is skipped is so in all alike
+        weight = exp(profile.weight(layer, self.num_layers))
         points = {float(cost.of(1)): self._error(profile.spread, layer, 1 / cost.neurons)}
         for keep in self.errors.keeps:
             bytes_ = keep * cost.neurons * cost.neuron + cost.stand_in
