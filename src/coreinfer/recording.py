@@ -64,7 +64,7 @@ class RecordingPlan:
             input_sums=selector.needs_input_sums,
             sample_tokens=None if stand_in is None else stand_in.sample_tokens,
             calibration=selector.recorded_calibration,
-            gates=selector.active < 1,
+            gates=selector.skips,
         )
 
     @classmethod

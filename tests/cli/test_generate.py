@@ -87,6 +87,13 @@ def test_fewer_bytes_are_read_where_neurons_are_skipped(
     fixed = record("--core-set", path, "--active", 0.3)
     assert fixed["active"] == 0.3
     assert fixed["bytes_per_token"] < record("--core-set", path)["bytes_per_token"]  # type: ignore[operator]
+    config.write_text('[active-budgets]\n"0-1" = 0.3\n"2" = 0.7\n')
+    by_layer = record("--config", config)
+    same = record("--active", 0.7, "--active-budgets", "0-1=0.3")
+    for key in ("token_ids", "active", "bytes_per_token"):
+        assert by_layer[key] == same[key]
+    assert by_layer["active"] == pytest.approx((0.3 + 0.3 + 0.7) / 3)
+    assert fewer["bytes_per_token"] < by_layer["bytes_per_token"] < some["bytes_per_token"]  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -210,6 +217,7 @@ def test_settings_without_effect_are_pointed_out(cli: Cli, model_dir: Path) -> N
         (["--prompt", "a", "--dense-layers", "2-0"], "'2-0' is no range"),
         (["--prompt", "a", "--budgets", "0=2"], "the budget of layer 0 must be"),
         (["--prompt", "a", "--budgets", "9=0.5"], "budget layer 9 is outside the model"),
+        (["--prompt", "a", "--active-budgets", "9=0.5"], "active budget layer 9 is outside"),
         (["--prompt", "a", "--budgets", "0"], "'0' is no budget"),
         (["--prompt", "a", "--budgets", "=0.5"], "'=0.5' is no budget"),
         (["--prompt", "a", "--seed", "-1"], "the seed must be 0 to 9223372036854775807, got -1"),

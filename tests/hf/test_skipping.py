@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -147,6 +149,37 @@ def test_bytes_are_those_of_the_tokens_that_were_decoded() -> None:
     assert spared is not None
     got = bytes_per_token(backend, session, RULE, choices)
     assert got == [round(cost.sparse(core_set) + kept * 4 - spared)]
+
+
+@pytest.mark.parametrize("all_others", [0.4, 1.0])
+def test_a_layer_may_have_a_part_of_its_own(all_others: float) -> None:
+    """Its thresholds are those of a rule that has this part everywhere, and bytes count it."""
+    own = replace(RULE, active=all_others, active_budgets={1: 0.7})
+    backend = tiny_backend()
+    session = read(backend, own)
+    choices = session.select(own)
+    expected = bytes_per_token(backend, session, own, choices)
+    for layer, active in ((0, all_others), (1, 0.7)):
+        skip = session.compact[layer].skip
+        if active == 1:
+            assert skip is None
+            continue
+        alike = replace(RULE, active=active)
+        other = read(backend, alike)
+        other.select(alike)
+        wanted = other.compact[layer].skip
+        assert skip is not None
+        assert wanted is not None
+        assert torch.equal(skip.least, wanted.least)
+    behind, core_set = 2 * 32 * 4, choices[0].core_set
+    less = [(1 - active) * behind - 4 for active in (all_others, 0.7) if active < 1]
+    assert expected == [round(backend.cost.sparse(core_set) - 24 * sum(less))]
+    session.decode([AFTER], Phase.SCORE)
+    (spared,) = session.spared()
+    assert spared is not None
+    got = bytes_per_token(backend, session, own, choices)
+    assert got == [round(backend.cost.sparse(core_set) + 24 * 4 * len(less) - spared)]
+    assert own.active_share(core_set.layers) == pytest.approx((all_others + 0.7) / 2)
 
 
 def test_all_neurons_may_be_core_neurons_of_which_few_are_active() -> None:

@@ -1,7 +1,8 @@
-"""What a layer's next neurons are worth, against the losses that it is the slope of."""
+"""What more in a layer is worth, against the losses that it is the slope of."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from coreinfer.backends.base import Phase
 from coreinfer.backends.hf.session import HfBackend, HfSession
-from coreinfer.backends.hf.worth import Step, steps_between, worth
+from coreinfer.backends.hf.worth import Step, steps_to, worth
 from coreinfer.core.measures import kl_by_token
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors import Impact, Selector, Stability
@@ -20,14 +21,22 @@ PROMPTS = [[5, 77, 200, 13, 13, 8, 250, 99, 41], [9, 31, 7, 7, 120]]
 AFTER = [[17, 4, 66, 3], [8, 8, 1, 200]]
 NOW = Impact(beta=0.4, dense_layers=(2,))
 MORE = Impact(beta=0.5, dense_layers=(2,))
+SKIPPING = replace(NOW, active=0.5)
+WAYS = (replace(SKIPPING, beta=0.5), replace(SKIPPING, active=0.7))
 FITTED = Linear(rank=3)
 
 
-def loss_at(backend: HfBackend, gates: dict[int, float], stand_in: StandIn | None) -> float:
-    """KL with the layers so far on their way from NOW to MORE."""
-    read, steps = steps_of(backend, stand_in)
+def loss_at(
+    backend: HfBackend,
+    gates: dict[int, tuple[float, ...]],
+    stand_in: StandIn | None,
+    now: Selector = NOW,
+    ways: Sequence[Selector] = (MORE,),
+) -> float:
+    """KL with the layers so far on their ways."""
+    read, steps = steps_of(backend, stand_in, now, ways)
     for layer, step in steps.items():
-        steps[layer] = replace(step, gate=torch.tensor(gates.get(layer, 0.0)))
+        steps[layer] = replace(step, gates=torch.tensor(gates.get(layer, (0.0,) * len(ways))))
     with torch.no_grad():
         dense = read.fork().decode_with({}, AFTER)[:, :-1].log_softmax(dim=-1)
         sparse = read.fork().decode_with(steps, AFTER)[:, :-1].log_softmax(dim=-1)
@@ -35,20 +44,28 @@ def loss_at(backend: HfBackend, gates: dict[int, float], stand_in: StandIn | Non
 
 
 def steps_of(
-    backend: HfBackend, stand_in: StandIn | None, rules: tuple[Selector, Selector] = (NOW, MORE)
+    backend: HfBackend,
+    stand_in: StandIn | None,
+    now: Selector = NOW,
+    ways: Sequence[Selector] = (MORE,),
 ) -> tuple[HfSession, dict[int, Step]]:
-    read = backend.start(RecordingPlan.of(rules[0], stand_in))
+    read = backend.start(RecordingPlan.of(now, stand_in))
     read.prefill(PROMPTS)
-    return read, steps_between(read, *rules, stand_in)[0]
+    return read, steps_to(read, now, ways, stand_in)
 
 
+@pytest.mark.parametrize(("now", "ways"), [(NOW, (MORE,)), (SKIPPING, WAYS)])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_step_leads_from_the_one_core_set_to_the_other(family: str) -> None:
+def test_a_step_leads_from_one_rule_to_the_others(
+    family: str, now: Selector, ways: Sequence[Selector]
+) -> None:
     backend = tiny_backend(family)
-    read, steps = steps_of(backend, FITTED)
+    read, steps = steps_of(backend, FITTED, now, ways)
     assert sorted(steps) == [0, 1]
-    for gate, rule in ((0.0, NOW), (1.0, MORE)):
-        set_to = {n: replace(s, gate=torch.tensor(gate)) for n, s in steps.items()}
+    nothing = torch.zeros(len(ways))
+    ends = [(nothing, now), *zip(torch.eye(len(ways)), ways, strict=True)]
+    for gates, rule in ends:
+        set_to = {n: replace(s, gates=gates) for n, s in steps.items()}
         fork = read.fork()
         fork.select(rule, FITTED)
         want = fork.decode(AFTER, Phase.SCORE)
@@ -61,39 +78,57 @@ def test_a_step_leads_from_the_one_core_set_to_the_other(family: str) -> None:
 @pytest.mark.parametrize("stand_in", [None, Mean(), FITTED])
 def test_it_is_the_slope_of_the_loss(family: str, stand_in: StandIn | None) -> None:
     backend = tiny_backend(family)
-    found = worth(backend, PROMPTS, AFTER, NOW, MORE, stand_in)
+    found = worth(backend, PROMPTS, AFTER, NOW, [MORE], stand_in)
     assert found.loss == pytest.approx(loss_at(backend, {}, stand_in), rel=1e-3)
-    assert found.per_neuron[2] is None
-    by, added = 0.02, round(0.5 * 48) - round(0.4 * 48)
+    (gains,) = found.gains
+    assert gains[2] is None
+    by = 0.02
     for layer in (0, 1):
-        ends = [loss_at(backend, {layer: sign * by}, stand_in) for sign in (1, -1)]
-        slope = (ends[1] - ends[0]) / (2 * by * added)
-        assert found.per_neuron[layer] == pytest.approx(slope, rel=0.05, abs=2e-5)
+        ends = [loss_at(backend, {layer: (sign * by,)}, stand_in) for sign in (1, -1)]
+        slope = (ends[1] - ends[0]) / (2 * by)
+        assert gains[layer] == pytest.approx(slope, rel=0.05, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_of_each_way_where_neurons_are_skipped(family: str) -> None:
+    """More neurons, or more of them active; both by one pass."""
+    backend = tiny_backend(family)
+    found = worth(backend, PROMPTS, AFTER, SKIPPING, WAYS, FITTED)
+    by = 0.002  # so small that no other neuron falls below its least activation
+    for way, gains in enumerate(found.gains):
+        assert gains[2] is None
+        for layer in (0, 1):
+            losses = []
+            for sign in (1, -1):
+                gates = {layer: tuple(sign * by if n == way else 0.0 for n in range(2))}
+                losses.append(loss_at(backend, gates, FITTED, SKIPPING, WAYS))
+            slope = (losses[1] - losses[0]) / (2 * by)
+            assert gains[layer] == pytest.approx(slope, rel=0.05, abs=1e-4)
 
 
 def test_a_batch_is_the_mean_of_its_prompts() -> None:
     backend = tiny_backend()
     after = [AFTER[0], AFTER[1][:3]]  # padded beside the other
-    both = worth(backend, PROMPTS, after, NOW, MORE, FITTED)
+    both = worth(backend, PROMPTS, after, NOW, [MORE], FITTED)
     alone = [
-        worth(backend, [prompt], [rest], NOW, MORE, FITTED)
+        worth(backend, [prompt], [rest], NOW, [MORE], FITTED)
         for prompt, rest in zip(PROMPTS, after, strict=True)
     ]
     assert both.loss == pytest.approx(sum(one.loss for one in alone) / 2, rel=1e-4)
     for layer in (0, 1):
-        parts = [one.per_neuron[layer] for one in alone]
+        parts = [one.gains[0][layer] for one in alone]
         mean = sum(part for part in parts if part is not None) / 2
-        assert both.per_neuron[layer] == pytest.approx(mean, rel=1e-3, abs=1e-7)
+        assert both.gains[0][layer] == pytest.approx(mean, rel=1e-3, abs=1e-6)
 
 
 def test_layers_that_do_not_grow_have_none() -> None:
     backend = tiny_backend()
     more = Impact(beta=0.4, budgets={0: 0.6}, dense_layers=(2,))
-    found = worth(backend, PROMPTS, AFTER, NOW, more, None)
-    assert found.per_neuron[0] is not None
-    assert found.per_neuron[1:] == [None, None]
-    with pytest.raises(ValueError, match="no layer keeps more"):
-        worth(backend, PROMPTS, AFTER, NOW, NOW, None)
+    (gains,) = worth(backend, PROMPTS, AFTER, NOW, [more], None).gains
+    assert gains[0] is not None
+    assert gains[1:] == [None, None]
+    with pytest.raises(ValueError, match="no way has more"):
+        worth(backend, PROMPTS, AFTER, NOW, [NOW], None)
 
 
 def test_nothing_of_it_stays_in_the_model() -> None:
@@ -101,7 +136,7 @@ def test_nothing_of_it_stays_in_the_model() -> None:
     backend = tiny_backend()
     with torch.no_grad():
         before = backend.model(torch.tensor(PROMPTS[:1])).logits
-    worth(backend, PROMPTS, AFTER, Stability(beta=0.4), Stability(beta=0.5), FITTED)
+    worth(backend, PROMPTS, AFTER, Stability(beta=0.4), [Stability(beta=0.5)], FITTED)
     assert all(parameter.grad is None for parameter in backend.model.parameters())
     with torch.no_grad():
         assert torch.equal(backend.model(torch.tensor(PROMPTS[:1])).logits, before)

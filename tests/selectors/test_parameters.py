@@ -36,22 +36,27 @@ def test_alpha(alpha: object) -> None:
 
 
 @every_rule
+@pytest.mark.parametrize("name", ["budget", "active budget"])
 @pytest.mark.parametrize("keep", NO_RATIO)
-def test_budgets(rule: type[Selector], keep: object) -> None:
-    message = r"^the budget of layer 2 must be .*above 0 and at most 1, got "
-    assert_refused(message, rule, budgets={2: keep})
+def test_budgets(rule: type[Selector], name: str, keep: object) -> None:
+    message = rf"^the {name} of layer 2 must be .*above 0 and at most 1, got "
+    assert_refused(message, rule, **{f"{name}s".replace(" ", "_"): {2: keep}})
 
 
 @every_rule
-def test_the_layers_of_budgets(rule: type[Selector]) -> None:
+@pytest.mark.parametrize("name", ["budgets", "active budgets"])
+def test_the_layers_of_budgets(rule: type[Selector], name: str) -> None:
+    def made(value: object) -> None:
+        rule(**{name.replace(" ", "_"): value})
+
     for layer in ("2", 2.0, None, True):
-        with pytest.raises(UserError, match=r"^a layer with a budget must be a whole number"):
-            rule(budgets={layer: 0.5})
-    with pytest.raises(UserError, match=r"^a layer with a budget must be at least 0, got -1$"):
-        rule(budgets={-1: 0.5})
+        with pytest.raises(UserError, match=rf"^a layer with {name} must be a whole number"):
+            made({layer: 0.5})
+    with pytest.raises(UserError, match=rf"^a layer with {name} must be at least 0, got -1$"):
+        made({-1: 0.5})
     for budgets in ([0.5], 0.5, None, "0.5"):
-        with pytest.raises(UserError, match=r"^budgets must map layer indices to fractions, got "):
-            rule(budgets=budgets)
+        with pytest.raises(UserError, match=rf"^{name} must map layer indices to fractions, got "):
+            made(budgets)
 
 
 @every_rule

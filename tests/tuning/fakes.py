@@ -27,16 +27,18 @@ COST = ReadCost(
 PRICES = Prices(COST, offset=4, direction=8)
 # What dropping costs in each layer: the first and the last are worth most.
 WORTH = (4.0, 1.0, 0.2, 0.1, 0.1, 0.2, 0.3, 1.5)
+# What skipping costs in each; with neurons as small as these it hardly saves anything.
+OPEN = (0.3, 0.1, 0.5, 0.5, 0.2, 0.2, 1.0, 1.0)
 RULES = {"stability": 1.6, "griffin": 1.2, "impact": 1.0}
 
 
 def loss_of(candidate: Candidate) -> float:
-    """KL of a candidate: a sum over layers, less with a linear stand-in of rank 16, and more where
-    neurons are skipped, which with neurons as small as these saves nothing."""
+    """KL of a candidate: a sum over layers, of what is dropped and of what is skipped, less with a
+    linear stand-in of rank 16."""
     total = sum(w * (1 - keep) ** 2 for w, keep in zip(WORTH, candidate.keeps, strict=True))
     rank = candidate.fit.get("rank", 0)
-    skipped = 1 - candidate.rule.get("active", 1.0)
-    return RULES[candidate.selector] * total * (0.6 if rank >= 16 else 1.0) * (1 + skipped)
+    skipped = sum(w * (1 - active) ** 2 for w, active in zip(OPEN, candidate.actives, strict=False))
+    return RULES[candidate.selector] * (total + skipped) * (0.6 if rank >= 16 else 1.0)
 
 
 def quality_of(loss: float, read: int, windows: Sequence[Window]) -> Quality:
@@ -54,26 +56,31 @@ def qualities_of(task: Measure) -> dict[str, Quality]:
     results = {DENSE: quality_of(0.0, COST.dense, task.windows)}
     for key in task.keys:
         candidate = Candidate.of_key(key)
-        stand_in = PRICES.stand_in(candidate.stand_in, candidate.fit)
-        read = COST.shared + PRICES.read(
-            candidate.keeps, stand_in, candidate.rule.get("active", 1.0)
-        )
+        read = COST.shared + sum(PRICES.read(candidate))
         results[key] = quality_of(loss_of(candidate), read, task.windows)
     return results
 
 
 def worths_of(task: Weigh) -> Worth:
-    """The slope of the formula from one candidate to the other, which differs by prompt."""
-    now, more = Candidate.of_key(task.now), Candidate.of_key(task.more)
+    """What the formula falls by from one candidate to the others, which differs by prompt."""
+    now = Candidate.of_key(task.now)
     loss = loss_of(now)
-    found: list[float | None] = []
-    for layer, (keep, larger) in enumerate(zip(now.keeps, more.keeps, strict=True)):
-        keeps = tuple(larger if n == layer else k for n, k in enumerate(now.keeps))
-        fallen = loss - loss_of(replace(now, keeps=keeps))
-        noise = 1 + 0.3 * sin(layer + len(task.windows[0].prompt))
-        added = round(larger * NEURONS) - round(keep * NEURONS)
-        found.append(noise * fallen / added if added else None)
-    return Worth(loss, found)
+    gains: list[list[float | None]] = []
+    for more in map(Candidate.of_key, task.ways):
+        gains.append([])
+        for layer in range(LAYERS):
+            then = replace(
+                now,
+                keeps=_with_one(now.keeps, more.keeps, layer),
+                actives=_with_one(now.actives, more.actives, layer),
+            )
+            noise = 1 + 0.3 * sin(layer + len(task.windows[0].prompt))
+            gains[-1].append(None if then == now else noise * (loss - loss_of(then)))
+    return Worth(loss, gains)
+
+
+def _with_one(values: tuple[float, ...], others: tuple[float, ...], at: int) -> tuple[float, ...]:
+    return tuple(b if n == at else a for n, (a, b) in enumerate(zip(values, others, strict=True)))
 
 
 class Formula:

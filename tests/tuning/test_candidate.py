@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,6 @@ rules = st.sampled_from(
         ("similarity", {}),
         ("auto", {"prior_tokens": 32}),
         ("impact", {}),
-        ("impact", {"active": 0.5}),
         ("griffin", {}),
         ("residual", {"prior_tokens": 100}),
     ]
@@ -69,11 +69,15 @@ keeps = st.one_of(
     neurons.map(lambda n: (n, n, n)),
     neurons.map(lambda n: (48, n, n)),
 ).map(lambda kept: tuple(round(n / 48, 6) for n in kept))
+actives = st.sampled_from([(), (0.5, 0.5, 0.5), (0.25, 0.75, 1.0)])
 candidates = st.builds(
-    lambda rule, stand_in, keeps_: Candidate(rule[0], keeps_, rule[1], *stand_in),
+    lambda rule, stand_in, keeps_, actives_: Candidate(
+        rule[0], keeps_, rule[1], *stand_in, actives_
+    ),
     rules,
     stand_ins,
     keeps,
+    actives,
 )
 
 
@@ -145,6 +149,13 @@ def test_layers_of_one_budget_are_written_together() -> None:
         "dense-layers": [0],
         "budgets": {"1-2": 0.5, "3": 0.25, "4-6": 0.5},
     }
+    skipping = replace(candidate, actives=(1.0, 0.6, 0.6, 0.6, 0.5, 0.5, 1.0))
+    assert skipping.options(Stores()) == {
+        **candidate.options(Stores()),
+        "active-budgets": {"1-3": 0.6, "4-5": 0.5, "6": 1.0},
+    }
+    level = replace(candidate, actives=(1.0, *(0.6,) * 6))
+    assert level.options(Stores()) == {**candidate.options(Stores()), "active": 0.6}
     assert candidate.dense_layers == (0,)
 
 

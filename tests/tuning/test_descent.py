@@ -33,15 +33,17 @@ class Worths:
         self.generator = torch.Generator().manual_seed(0)
         self.noise = noise
 
-    def __call__(self, number: int, design: Design) -> Sequence[float | None]:
+    def __call__(self, number: int, design: Design) -> Sequence[Sequence[float | None]]:
         assert number == len(self.asked)
         self.asked.append(design)
         factors = 1 + self.noise * torch.randn(LAYERS, generator=self.generator)
         keeps = candidate(design).keeps
         slopes = [2 * w * (1 - k) / NEURONS for w, k in zip(WORTH, keeps, strict=True)]
         return [
-            None if keep == 1.0 else slope * float(factor)
-            for slope, keep, factor in zip(slopes, keeps, factors, strict=True)
+            [
+                None if keep == 1.0 else slope * float(factor)
+                for slope, keep, factor in zip(slopes, keeps, factors, strict=True)
+            ]
         ]
 
 
@@ -63,8 +65,8 @@ def test_errors_that_knew_nothing_are_put_right(noise: float) -> None:
 def test_the_best_budgets_stay() -> None:
     """Where a byte is worth the same in every layer, nothing moves."""
 
-    def same(_number: int, _design: Design) -> Sequence[float | None]:
-        return [0.01] * LAYERS
+    def same(_number: int, _design: Design) -> Sequence[Sequence[float | None]]:
+        return [[0.01] * LAYERS] * 2
 
     found = descend(START, LAYERS, same, STEPS)
     assert candidate(found) == candidate(START)
@@ -73,7 +75,7 @@ def test_the_best_budgets_stay() -> None:
 def test_every_step_reads_the_same_bytes() -> None:
     worths = Worths(0.5)
     descend(START, LAYERS, worths, STEPS)
-    read = {PRICES.read(candidate(design).keeps, 0) for design in worths.asked}
+    read = {sum(PRICES.read(candidate(design))) for design in worths.asked}
     assert len(worths.asked) == STEPS
     assert max(read) - min(read) <= 12 * LAYERS
 
@@ -88,6 +90,6 @@ def test_dense_layers_are_not_moved() -> None:
 
 def test_what_cannot_be_weighed_is_left() -> None:
     assert descend(START, LAYERS, lambda _number, _design: None, STEPS) == START
-    assert descend(START, LAYERS, lambda _number, _design: [None] * LAYERS, STEPS) == START
-    assert descend(START, LAYERS, lambda _number, _design: [-0.1] * LAYERS, STEPS) == START
+    assert descend(START, LAYERS, lambda _number, _design: [[None] * LAYERS], STEPS) == START
+    assert descend(START, LAYERS, lambda _number, _design: [[-0.1] * LAYERS], STEPS) == START
     assert descend(START, LAYERS, Worths(), 0) == START

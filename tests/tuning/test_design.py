@@ -29,10 +29,10 @@ def read(planner: Planner, candidate: Candidate) -> int:
     """Bytes of the MLPs, counted neuron by neuron."""
     cost, total = planner.prices.cost, 0
     rank = candidate.fit.get("rank")
-    active = candidate.rule.get("active", 1)
     for layer, (size, neurons, keep) in enumerate(
         zip(cost.per_neuron, cost.num_neurons, candidate.keeps, strict=True)
     ):
+        active = candidate.active(layer)
         if keep < 1 and active < 1:  # the gate, what it is compared with, and what is behind it
             more = min(active * MORE_ACTIVE, LEAST_SKIPPED)
             size = ceil(size + 4 - (1 - more) * cost.behind_gate[layer])
@@ -42,6 +42,7 @@ def read(planner: Planner, candidate: Candidate) -> int:
     return total
 
 
+closed = st.lists(st.floats(-3, 3), min_size=7, max_size=7).map(tuple)
 profiles = st.builds(
     Profile,
     first=st.integers(0, 2),
@@ -49,6 +50,7 @@ profiles = st.builds(
     spread=st.floats(0, 1.5),
     slope=st.floats(-2, 2),
     bend=st.floats(-2, 2),
+    closed=st.one_of(st.just(()), closed),
 )
 rows = st.lists(st.tuples(st.integers(20, 90), st.floats(0, 10)), min_size=3, max_size=7)
 # Of neurons as small as the least, and of some that skipping spares more than it costs.
@@ -73,7 +75,7 @@ def test_no_more_is_read_than_may_be_and_hardly_less(
     budget = share * cost.mlp
     assert read(made, candidate) <= budget + 1e-6
     paid = made.prices.stand_in(stand_in, fit)
-    assert made.prices.read(candidate.keeps, paid, active) == read(made, candidate)
+    assert sum(made.prices.read(candidate)) == read(made, candidate)
     assert all(0 < keep <= 1 for keep in candidate.keeps)
     assert set(range(profile.first)) <= set(candidate.dense_layers)
     # What is left over: a neuron a layer at most, and what a stand-in would have cost where a

@@ -144,7 +144,7 @@ def choose(
     sparse: dict[int, SparseLayer[Compact]] = {}
     for layer, size in enumerate(model.num_neurons):
         kept = [s.layers[layer] for s in selections if layer in s.layers]
-        if not kept or stays_whole(kept[0], size, selector):
+        if not kept or stays_whole(layer, kept[0], size, selector):
             continue
         terms = None
         if stand_in is not None and kept[0].numel() < size:
@@ -158,9 +158,9 @@ def choose(
     return put_together(model, selector, selections, sparse)
 
 
-def stays_whole(kept: Tensor, size: int, selector: Selector) -> bool:
+def stays_whole(layer: int, kept: Tensor, size: int, selector: Selector) -> bool:
     """Whether a layer that keeps these of its neurons is a dense one."""
-    return kept.numel() == size and selector.active == 1
+    return kept.numel() == size and selector.active_in(layer) == 1
 
 
 def least_activations(
@@ -170,10 +170,11 @@ def least_activations(
     selector: Selector,
 ) -> list[Tensor] | None:
     """Of each sequence, the least activations that count; None where none are skipped."""
-    if selector.active == 1:
+    active = selector.active_in(layer)
+    if active == 1:
         return None
     return [
-        recorder.gates(layer).least(index, selector.active)
+        recorder.gates(layer).least(index, active)
         for recorder, index in zip(recorders, kept, strict=True)
     ]
 

@@ -25,9 +25,10 @@ STAND_IN_NAMES = ("none", "mean", "linear", "calibrated")
 
 # Options of the selection, by the field they set: what is given but not used is pointed out.
 SELECTION = (
-    "alpha", "beta", "gamma", "dense_layers", "budgets", "active", "count_bos", "clusters",
-    "calibration", "mode", "prior_tokens", "min_stability", "min_similarity", "seed",
+    "alpha", "beta", "gamma", "dense_layers", "budgets", "active", "active_budgets", "count_bos",
+    "clusters", "calibration", "mode", "prior_tokens", "min_stability", "min_similarity", "seed",
 )  # fmt: skip
+SKIPPING = frozenset({"active", "active_budgets"})  # how many core neurons are skipped
 
 
 def add_model_options(
@@ -131,6 +132,12 @@ def add_selection_options(parser: argparse.ArgumentParser, *, one_rule: bool = T
         metavar="F",
         help="fraction of a sparse layer's core neurons that a token computes whole, above 0 to 1; "
         "of the others, whose activation turns out small, the gate alone is read (default: 1)",
+    )
+    group.add_argument(
+        "--active-budgets",
+        type=layer_budgets,
+        metavar="LIST",
+        help="the same of single layers, as in 0-5=0.8,6=0.3 (default: none)",
     )
     group.add_argument(
         "--clusters",
@@ -276,14 +283,15 @@ def selector_from(args: argparse.Namespace, *, quiet: bool = False) -> Selector:
         if name in given:
             require_ratio(name, given[name])
     if args.core_set is not None:
-        _point_out(given.keys() - {"seed", "active"}, "--core-set")
-        return Fixed(core_set=CoreSet.load(args.core_set), active=given.get("active", 1.0))
+        skipping = {name: given.pop(name) for name in SKIPPING & given.keys()}
+        _point_out(given.keys() - {"seed"}, "--core-set")
+        return Fixed(core_set=CoreSet.load(args.core_set), **skipping)
     rule = SELECTORS[args.selector]
     takes: dict[str, Any] = {field.name: field for field in fields(rule)}
     if rule.keep_name != "beta":
         del takes["beta"]  # a rule with a name of its own for the fraction it keeps
     if args.selector == "dense":
-        del takes["active"]
+        takes = {name: value for name, value in takes.items() if name not in SKIPPING}
     if "calibration" in takes:
         given["calibration"] = calibration_from(args, f"--selector {args.selector}")
     if "clusters" in takes:

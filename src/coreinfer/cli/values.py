@@ -38,7 +38,7 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 
 def layer_budgets(text: str) -> dict[int, float]:
-    """ "0-5=0.8,6=0.3" -> the fraction to keep of each of those layers."""
+    """ "0-5=0.8,6=0.3" -> the fraction of each of those layers."""
     budgets: dict[int, float] = {}
     for part in _parts(text):
         layers, equals, keep = part.partition("=")

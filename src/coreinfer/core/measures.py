@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -84,10 +84,10 @@ class ReadCost:
             return self.per_neuron[layer]
         return self.per_neuron[layer] + THRESHOLD_BYTES - (1 - active) * self.behind_gate[layer]
 
-    def skipped(self, core_set: CoreSet, active: float) -> float:
-        """Bytes that a token is spared which computes `active` of the core neurons whole."""
+    def skipped(self, core_set: CoreSet, active: Callable[[int], float]) -> float:
+        """Bytes that a token is spared which computes `active(layer)` of the core neurons whole."""
         return sum(
-            (self.per_neuron[layer] - self.neuron(layer, active)) * len(kept)
+            (self.per_neuron[layer] - self.neuron(layer, active(layer))) * len(kept)
             for layer, kept in core_set.layers.items()
         )
 

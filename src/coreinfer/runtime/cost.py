@@ -21,10 +21,14 @@ def bytes_per_token(
     for choice, spared in zip(choices, session.spared(), strict=True):
         core_set = choice.core_set
         size: float = backend.cost.sparse(core_set, choice.stand_in_bytes)
-        if selector.active < 1 and spared is None:
-            size -= backend.cost.skipped(core_set, selector.active)
-        elif selector.active < 1 and spared is not None:
-            thresholds = sum(len(kept) for kept in core_set.layers.values())
+        if selector.skips and spared is None:
+            size -= backend.cost.skipped(core_set, selector.active_in)
+        elif selector.skips and spared is not None:
+            thresholds = sum(
+                len(kept)
+                for layer, kept in core_set.layers.items()
+                if selector.active_in(layer) < 1
+            )
             size += THRESHOLD_BYTES * thresholds - spared
         read.append(round(size))
     return read

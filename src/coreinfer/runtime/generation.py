@@ -159,7 +159,7 @@ def continue_from(
             selector=selector.name,
             alpha=selector.counting_alpha,
             beta=selector.beta if selector.keep_name == "beta" else None,
-            active=selector.active,
+            active=selector.active_share(core_set.layers),
             gamma=getattr(selector, "gamma", None),
             stand_in="none" if stand_in is None else stand_in.name,
             dense_layers=[i for i in range(core_set.num_layers) if i not in core_set.layers],

@@ -7,7 +7,7 @@ alone does not tell) and how (`keys`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -46,6 +46,7 @@ class Selector(ABC):
         active: fraction of a sparse layer's core neurons that a token computes whole, in (0, 1],
             mean over tokens like the prompt's: of the others, whose activation turns out small at
             this token, the gate alone is read (`coreinfer.core.skipping`).
+        active_budgets: the same for single layers, where it differs from `active`.
         count_bos: let the beginning-of-sequence token count (an attention sink; by default it
             counts only when the prompt is nothing else).
 
@@ -57,6 +58,7 @@ class Selector(ABC):
     dense_layers: tuple[int, ...] = ()
     budgets: Mapping[int, float] = field(default_factory=dict)
     active: float = 1.0
+    active_budgets: Mapping[int, float] = field(default_factory=dict)
     count_bos: bool = False
 
     name: ClassVar[str]
@@ -70,8 +72,9 @@ class Selector(ABC):
     def __post_init__(self) -> None:
         require_ratio("beta", self.beta)
         _check_dense_layers(self.dense_layers)
-        _check_budgets(self.budgets)
+        _check_budgets("budget", self.budgets)
         require_ratio("active", self.active)
+        _check_budgets("active budget", self.active_budgets)
         _check_flag("count_bos", self.count_bos)
 
     @property
@@ -88,6 +91,23 @@ class Selector(ABC):
     def default_keep(self) -> float:
         """The fraction kept in layers without a budget of their own."""
         return float(getattr(self, self.keep_name))
+
+    @property
+    def skips(self) -> bool:
+        """Whether some layer may have core neurons that a token does not compute whole."""
+        return min(self.active, *self.active_budgets.values(), 1.0) < 1
+
+    def active_in(self, layer: int) -> float:
+        """The fraction of a sparse layer's core neurons that a token computes whole."""
+        return self.active_budgets.get(layer, self.active)
+
+    def active_share(self, kept: Mapping[int, Tensor]) -> float:
+        """The same of all core neurons, by layer: `active` where no layer has a budget of its
+        own."""
+        total = sum(len(neurons) for neurons in kept.values())
+        if not self.active_budgets or not total:
+            return self.active
+        return sum(self.active_in(n) * len(neurons) for n, neurons in kept.items()) / total
 
     @abstractmethod
     def keys(self, statistics: LayerStatistics, column_norms: Tensor) -> tuple[Tensor, ...]:
@@ -124,7 +144,12 @@ class Selector(ABC):
                 another model.
         """
         last = len(num_neurons) - 1
-        for what, layers in (("dense layer", self.dense_layers), ("budget layer", self.budgets)):
+        named: dict[str, Iterable[int]] = {
+            "dense layer": self.dense_layers,
+            "budget layer": self.budgets,
+            "active budget layer": self.active_budgets,
+        }
+        for what, layers in named.items():
             for layer in layers:
                 if not 0 <= layer <= last:
                     raise UserError(f"{what} {layer} is outside the model, which has 0 to {last}")
@@ -168,12 +193,12 @@ def _check_dense_layers(layers: object) -> None:
         require_whole("a dense layer", layer, 0)
 
 
-def _check_budgets(budgets: object) -> None:
+def _check_budgets(what: str, budgets: object) -> None:
     if not isinstance(budgets, Mapping):
-        raise UserError(f"budgets must map layer indices to fractions, got {budgets!r}")
+        raise UserError(f"{what}s must map layer indices to fractions, got {budgets!r}")
     for layer, keep in budgets.items():
-        require_whole("a layer with a budget", layer, 0)
-        require_ratio(f"the budget of layer {layer}", keep)
+        require_whole(f"a layer with {what}s", layer, 0)
+        require_ratio(f"the {what} of layer {layer}", keep)
 
 
 def _check_flag(name: str, value: object) -> None:

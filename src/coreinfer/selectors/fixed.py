@@ -34,4 +34,7 @@ class Fixed(Selector):
 
     def describe(self) -> dict[str, Any]:
         chosen = {"name": self.name, "core_set": dict(self.core_set.selector)}
-        return chosen if self.active == 1 else {**chosen, "active": self.active}
+        if not self.skips:
+            return chosen
+        own = {str(layer): active for layer, active in self.active_budgets.items()}
+        return {**chosen, "active": self.active, "active_budgets": own}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Candidate:
         rule: the rule's other options, such as {"alpha": 0.3}.
         stand_in: name of the stand-in, "none" for plain dropping.
         fit: its options, such as {"rank": 32}.
+        actives: the fraction of each layer's core neurons that a token computes whole; empty where
+            that is all of them in every layer.
     """
 
     selector: str
@@ -64,17 +66,18 @@ class Candidate:
     rule: Mapping[str, Any] = field(default_factory=dict)
     stand_in: str = "none"
     fit: Mapping[str, Any] = field(default_factory=dict)
+    actives: tuple[float, ...] = ()
 
     @property
     def key(self) -> str:
         """The same text for the same settings, from which they can be read back."""
-        parts = [self.selector, list(self.keeps), dict(self.rule), self.stand_in, dict(self.fit)]
-        return json.dumps(parts, sort_keys=True)
+        return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def of_key(cls, key: str) -> Candidate:
-        selector, keeps, rule, stand_in, fit = json.loads(key)
-        return cls(selector, tuple(keeps), rule, stand_in, fit)
+        parts = json.loads(key)
+        parts |= {name: tuple(parts[name]) for name in ("keeps", "actives")}
+        return cls(**parts)
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -84,6 +87,10 @@ class Candidate:
     def name(self) -> str:
         """The rule and the stand-in in a few words."""
         words = [self.selector, *(f"{name} {value:g}" for name, value in self.rule.items())]
+        skipping = [active for active in self.actives if active < 1]
+        if skipping:
+            least, most = f"{min(skipping):g}", f"{max(skipping):g}"
+            words.append(f"active {least}" if least == most else f"active {least} to {most}")
         words += [self.stand_in, *(f"{name} {value:g}" for name, value in self.fit.items())]
         return " ".join(word.replace("_", " ") for word in words)
 
@@ -92,6 +99,14 @@ class Candidate:
         sizes = zip(self.keeps, num_neurons, strict=True)
         keeps = tuple(k if k == 1.0 else max(k, min(k + by, 1 - 1 / n)) for k, n in sizes)
         return replace(self, keeps=keeps)
+
+    def active(self, layer: int) -> float:
+        """The fraction of a layer's core neurons that a token computes whole."""
+        return self.actives[layer] if self.actives else 1.0
+
+    def opened(self, by: float) -> Candidate:
+        """With so much more active in each layer where neurons are skipped."""
+        return replace(self, actives=tuple(min(active + by, 1.0) for active in self.actives))
 
     def setting(self, stores: Stores) -> Setting:
         """What it is for `measure`.
@@ -116,22 +131,30 @@ class Candidate:
         if self.stand_in != "none":
             needed |= set(stores.taken_by(STAND_INS[self.stand_in]))
         kept = self._kept(rule)
-        budgets = kept.pop("budgets", {})
+        by_layer = {name: kept.pop(name) for name in ("budgets", "active_budgets") if name in kept}
         made: dict[str, Any] = {"selector": self.selector, **self.rule, **kept}
         made |= {"stand_in": self.stand_in, **self.fit}
         made |= {name: stores.paths[name] for name in sorted(needed)}
         made["dense_layers"] = list(self.dense_layers)
-        if budgets:
-            made["budgets"] = _in_runs(budgets)
+        made |= {name: _in_runs(budgets) for name, budgets in by_layer.items()}
         return {name.replace("_", "-"): value for name, value in made.items()}
 
     def _kept(self, rule: type[Selector]) -> dict[str, Any]:
-        """The options that say how much is kept."""
-        sparse = {layer: keep for layer, keep in enumerate(self.keeps) if keep < 1.0}
-        made: dict[str, Any] = {"dense_layers": self.dense_layers}
-        if len(set(sparse.values())) == 1:
-            return {rule.keep_name: next(iter(sparse.values())), **made}
-        return {**made, "budgets": sparse}
+        """The options that say how much is kept, and how much of that is active."""
+        keeps = {layer: keep for layer, keep in enumerate(self.keeps) if keep < 1.0}
+        made = {"dense_layers": self.dense_layers, **_budgets(rule.keep_name, "budgets", keeps)}
+        if self.actives:
+            actives = {layer: self.active(layer) for layer in keeps}
+            made |= _budgets("active", "active_budgets", actives)
+        return made
+
+
+def _budgets(of_all: str, by_layer: str, budgets: Mapping[int, float]) -> dict[str, Any]:
+    """One option for all layers where they are alike, else one that names them."""
+    values = list(dict.fromkeys(budgets.values()))
+    if len(values) == 1:
+        return {of_all: values[0]}
+    return {by_layer: budgets} if budgets else {}
 
 
 def _in_runs(budgets: Mapping[int, float]) -> dict[str, float]:

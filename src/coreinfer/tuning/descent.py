@@ -1,4 +1,4 @@
-"""Budgets of layers, by descent: what a layer's next neurons are worth says which gets more."""
+"""Budgets of layers, by descent: what a layer's next bytes are worth says which gets more."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ RATE = 0.2  # of the first step, in log-weight; it falls to nothing, so that the
 MEMORY = 0.8  # of what earlier prompts said
 
 # (number of the step, design) -> what a byte more is worth in each layer, None where that is not
-# known; None where the design is not affordable.
-Worths = Callable[[int, Design], Sequence[float | None] | None]
+# known: a byte of further neurons, and one of computing more of them whole. None where the design
+# is not affordable.
+Worths = Callable[[int, Design], Sequence[Sequence[float | None]] | None]
 
 
 def descend(design: Design, layers: int, worths: Worths, steps: int) -> Design:
@@ -21,9 +22,9 @@ def descend(design: Design, layers: int, worths: Worths, steps: int) -> Design:
     prompt, until a byte is worth the same everywhere.
 
     At the least loss that a number of bytes can buy, no layer's next byte is worth more than
-    another's. A step weighs each layer by how far its worth is from the mean, on prompts of its
-    own, for all layers at once and with all of them sparse: what single layers lose alone, or what
-    a few prompts lose, carries over less.
+    another's, whichever of the two it is spent on. A step weighs each layer by how far its worth is
+    from the mean, on prompts of its own, for all layers at once and with all of them sparse: what
+    single layers lose alone, or what a few prompts lose, carries over less.
 
     Args:
         design: where to begin.
@@ -31,22 +32,29 @@ def descend(design: Design, layers: int, worths: Worths, steps: int) -> Design:
         worths: measured on other prompts at each step.
         steps: how many, from 0.
     """
-    known: dict[int, float] = {}
+    known: dict[tuple[int, int], float] = {}
+    affordable = design
     for number in range(steps):
         found = worths(number, design)
         if found is None:
-            return design
-        for layer, value in enumerate(found):
-            if value is None:
-                known.pop(layer, None)
-            else:
-                known[layer] = MEMORY * known.get(layer, value) + (1 - MEMORY) * value
+            return affordable
+        affordable = design
+        for kind, of_kind in enumerate(found):
+            for layer, value in enumerate(of_kind):
+                if value is None:
+                    known.pop((kind, layer), None)
+                else:
+                    before = known.get((kind, layer), value)
+                    known[kind, layer] = MEMORY * before + (1 - MEMORY) * value
         mean = fmean(known.values()) if known else 0.0
         if mean <= 0:  # nothing to be gained: the prompts are all but dense already
             continue
         rate = RATE * (1 - number / steps)
-        weights = list(design.profile.weights or (0.0,) * layers)
-        for layer, value in known.items():
-            weights[layer] += rate * min(max(value / mean - 1, -1.0), 1.0)
-        design = replace(design, profile=replace(design.profile, weights=tuple(weights)))
+        profile, nothing = design.profile, (0.0,) * layers
+        weights = [list(profile.weights or nothing), list(profile.closed or nothing)]
+        for (kind, layer), value in known.items():
+            up = rate * min(max(value / mean - 1, -1.0), 1.0)
+            weights[kind][layer] += (up, -up)[kind]
+        kept, closed = (tuple(one) if any(one) else () for one in weights)
+        design = replace(design, profile=replace(profile, weights=kept, closed=closed))
     return design

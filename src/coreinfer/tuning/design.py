@@ -14,6 +14,8 @@ from coreinfer.tuning.candidate import Candidate
 from coreinfer.tuning.prices import Prices
 
 DIGITS = 6  # of a keep: enough for round(keep * D) to be the number of neurons that was meant
+MOST_CLOSED = 0.9  # of a layer's core neurons that a token may skip
+LEAST_CLOSED = 0.02  # below which it skips none: the thresholds are read for nothing
 FINENESS = 32  # pieces of an error curve between two measured keeps
 
 
@@ -31,6 +33,8 @@ class Profile:
         spread: how far the measured errors are followed, from 0.
         slope, bend: log-weight along the depth: slope * x + bend * (x^2 - 1/3), x from -1 to 1.
         weights: further log-weights, a layer each; empty for none.
+        closed: log-weights of what is skipped, a layer each; empty for none. Of a layer's core
+            neurons the part 1 - active that the rule says is times exp of that.
     """
 
     first: int = 0
@@ -39,6 +43,7 @@ class Profile:
     slope: float = 0.0
     bend: float = 0.0
     weights: tuple[float, ...] = ()
+    closed: tuple[float, ...] = ()
 
     @property
     def is_level(self) -> bool:
@@ -50,10 +55,18 @@ class Profile:
         own = self.weights[layer] if self.weights else 0.0
         return self.slope * x + self.bend * (x * x - 1 / 3) + own
 
+    def active(self, layer: int, of_all: float) -> float:
+        """The fraction of the core neurons of a layer that are active."""
+        if not self.closed:
+            return of_all
+        closed = min((1 - of_all) * exp(self.closed[layer]), MOST_CLOSED)
+        return 1.0 if closed < LEAST_CLOSED else round(1 - closed, 3)
+
 
 @dataclass(frozen=True)
 class Design:
-    """All of a candidate but how many bytes it may read; the names are those of `Candidate`."""
+    """All of a candidate but how many bytes it may read; the names are those of `Candidate`, but
+    that the rule says how much is active, the same in all layers unless the profile differs."""
 
     selector: str
     rule: Mapping[str, Any] = field(default_factory=dict)
@@ -138,24 +151,29 @@ class Planner:
         for layer, neurons in kept.items():
             if neurons < costs[layer].neurons:
                 keeps[layer] = round(neurons / costs[layer].neurons, DIGITS)
+        rule = {name: value for name, value in design.rule.items() if name != "active"}
+        actives = tuple(
+            1.0 if keep == 1.0 else cost.active for keep, cost in zip(keeps, costs, strict=True)
+        )
         return Candidate(
-            design.selector, tuple(keeps), dict(design.rule), design.stand_in, dict(design.fit)
+            design.selector,
+            tuple(keeps),
+            rule,
+            design.stand_in,
+            dict(design.fit),
+            actives if min(actives) < 1 else (),
         )
 
     def _costs(self, design: Design) -> list[Cost]:
         """Of every layer."""
-        active = float(design.rule.get("active", 1.0))
+        of_all = float(design.rule.get("active", 1.0))
         stand_in = self.prices.stand_in(design.stand_in, design.fit)
-        return [
-            Cost(
-                self.prices.layer(layer),
-                self.prices.neuron(layer, active),
-                stand_in,
-                neurons,
-                active,
-            )
-            for layer, neurons in enumerate(self.prices.cost.num_neurons)
-        ]
+        made = []
+        for layer, neurons in enumerate(self.prices.cost.num_neurons):
+            active = design.profile.active(layer, of_all)
+            neuron = self.prices.neuron(layer, active)
+            made.append(Cost(self.prices.layer(layer), neuron, stand_in, neurons, active))
+        return made
 
     def _level(self, profile: Profile, costs: Mapping[int, Cost], budget: float) -> dict[int, int]:
         """The same fraction everywhere; neurons by layer."""

@@ -14,6 +14,7 @@ from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.generation import prefill
 from coreinfer.selectors import Griffin
 from coreinfer.standins import Linear
+from coreinfer.tuning.candidate import Candidate
 
 # Than in the prompt, which the thresholds come from: 1 to 2 % was measured. What is planned for is
 # not to be exceeded.
@@ -63,13 +64,13 @@ class Prices:
             return 0
         return self.offset + self.direction * int(fit.get("rank", 0))
 
-    def read(self, keeps: tuple[float, ...], stand_in: int, active: float = 1.0) -> int:
-        """All layers at these keeps; in each that is not dense with the stand-in, and so many of
-        the neurons whole."""
-        read = 0
-        for layer, (neurons, keep) in enumerate(zip(self.cost.num_neurons, keeps, strict=True)):
-            if keep == 1.0:
-                read += self.layer(layer)
-            else:
-                read += self.neuron(layer, active) * round(keep * neurons) + stand_in
-        return read
+    def read(self, candidate: Candidate) -> list[int]:
+        """Each layer of a candidate."""
+        stand_in = self.stand_in(candidate.stand_in, candidate.fit)
+        pairs = zip(self.cost.num_neurons, candidate.keeps, strict=True)
+        return [
+            self.layer(layer)
+            if keep == 1.0
+            else self.neuron(layer, candidate.active(layer)) * round(keep * neurons) + stand_in
+            for layer, (neurons, keep) in enumerate(pairs)
+        ]

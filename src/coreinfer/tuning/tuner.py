@@ -19,7 +19,7 @@ from coreinfer.tuning.result import Point
 from coreinfer.tuning.space import LEAST_SHARE
 
 SEARCH, DESCENT, FINAL, REPORT = "search", "descent", "final", "report"  # parts of the prompts
-WIDER = 0.04  # of a layer's neurons: the next ones, whose worth is weighed
+WIDER = 0.04  # of a layer's neurons: the next to be kept, or active, whose worth is weighed
 ROUNDING = 1e-6  # of a share of bytes
 STEPS = 8  # shares that are measured at a time, to find the least within a limit
 
@@ -78,20 +78,20 @@ class Tuner:
 
     def descended(self, design: Design, share: float, steps: int) -> Design:
         """With the budgets that a byte is worth the same in, at this share of bytes."""
-        cost = self.planner.prices.cost
+        prices = self.planner.prices
 
-        def worths(number: int, design: Design) -> list[float | None] | None:
+        def worths(number: int, design: Design) -> list[list[float | None]] | None:
             now = self._candidate(design, share)
             if now is None:
                 return None
-            more = now.widened(WIDER, cost.num_neurons)
-            if more == now:  # no layer has anything left to keep
+            ways = [now.widened(WIDER, prices.cost.num_neurons), now.opened(WIDER)]
+            if all(way == now for way in ways):  # no layer has anything left to read
                 return None
-            found = self.objective.worth(DESCENT, number, now, more)
+            gains = self.objective.worth(DESCENT, number, now, ways)
             bar.update()
             return [
-                None if value is None else value / size
-                for value, size in zip(found, cost.per_neuron, strict=True)
+                _by_byte(of_way, prices.read(now), prices.read(way))
+                for of_way, way in zip(gains, ways, strict=True)
             ]
 
         with tqdm(total=steps, desc=DESCENT, leave=False, unit="step", disable=None) as bar:
@@ -155,6 +155,14 @@ class Tuner:
             low = max((share for share in shares if share < best.asked), default=low)
             designs = [best]
         return best
+
+
+def _by_byte(
+    gains: Sequence[float | None], now: Sequence[int], then: Sequence[int]
+) -> list[float | None]:
+    """What each layer gains by a byte more, from what it gains by reading `then` for `now`."""
+    layers = zip(gains, now, then, strict=True)
+    return [None if gain is None or b <= a else gain / (b - a) for gain, a, b in layers]
 
 
 def _is_single(design: Design) -> bool:

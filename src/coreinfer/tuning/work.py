@@ -47,21 +47,23 @@ class Measure:
 
 @dataclass(frozen=True)
 class Weigh:
-    """Windows, and the keys of a candidate and of the same with more neurons in its layers."""
+    """Windows, and the keys of a candidate and of the same with more in its layers."""
 
     windows: Sequence[Window]
     now: str
-    more: str
+    ways: Sequence[str]
 
     def run(self, worker: Worker) -> Worth:
-        """What a neuron more is worth, layer by layer."""
-        now, more = (Candidate.of_key(key).setting(worker.stores) for key in (self.now, self.more))
+        """What each way is worth, layer by layer."""
+        now, *ways = (
+            Candidate.of_key(key).setting(worker.stores) for key in (self.now, *self.ways)
+        )
         return worth(
             worker.differentiable,
             [window.prompt for window in self.windows],
             [window.continuation for window in self.windows],
             now.selector,
-            more.selector,
+            [way.selector for way in ways],
             now.stand_in,
             [window.text for window in self.windows],
         )

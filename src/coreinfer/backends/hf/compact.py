@@ -89,6 +89,11 @@ class CompactMlp:
     right: SmallLinear | GroupedLinear | None = None
     skip: Skip | None = None
 
+    @property
+    def num_neurons(self) -> int:
+        """K."""
+        return self.output.weight.shape[-1]
+
     def project(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
         """h [..., K], the MLP's input x [..., d] and what the first of `inputs` made of it -> the
         MLP's output [..., d]."""

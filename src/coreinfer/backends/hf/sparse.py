@@ -80,7 +80,7 @@ class SparseRun:
         self._ahead: Tensor | None = None  # mask of what is left of generate's prefill
         self._pass: _Pass | None = None
         self.phase = Phase.PREFILL
-        self._board.observe(self._observe, gates=self._selector.active < 1)
+        self._board.observe(self._observe, gates=self._selector.skips)
 
     def select(self) -> list[Choice]:
         """Choose the core neurons of what was recorded; passes from here on use them alone.

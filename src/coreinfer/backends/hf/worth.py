@@ -1,13 +1,14 @@
-"""What a layer's next neurons are worth: how the loss falls where it keeps a few more."""
+"""What more in a layer is worth: how the loss falls where it keeps, or computes, a few more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from coreinfer.backends.base import Choice
 from coreinfer.backends.hf.compact import CompactMlp
 from coreinfer.backends.hf.loss import continuation_loss
 from coreinfer.backends.hf.session import HfBackend, HfSession
@@ -22,48 +23,66 @@ class Worth:
 
     Attributes:
         loss: KL(dense || sparse) of the next-token distributions, nats a token.
-        per_neuron: of each layer, by how much that falls a neuron more, to first order; None where
-            the layer is dense or was not made larger.
+        gains: of each way, of each layer, by how much that falls on the whole way, to first order;
+            None where the layer is the same at both ends.
     """
 
     loss: float
-    per_neuron: list[float | None]
+    gains: list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer with some of the neurons that another has.
+
+    Attributes:
+        mlp: it.
+        places: where its neurons are among those of the other, [G, K] of G groups of rows.
+    """
+
+    mlp: CompactMlp
+    places: Tensor
+
+    def project(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
+        """As of a `CompactMlp`, h and `first` being those of the other layer."""
+        size = h.shape[-1]
+        return self.mlp.project(self._own(h, size), x, self._own(first, size))
+
+    def _own(self, y: Tensor, size: int) -> Tensor:
+        """Its neurons among those `size`, of each of the parts of y."""
+        groups = self.places.shape[0]
+        rows = y.reshape(groups, -1, y.shape[-1] // size, size)  # [G, rows, parts, size]
+        places = self.places[:, None, None].expand(-1, *rows.shape[1:3], -1)
+        return rows.gather(-1, places).reshape(*y.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
 class Step:
-    """An MLP layer on its way from its core neurons to more of them: now + gate * (more - now).
+    """An MLP layer on its ways to more: now + gate * (more - now) + gate' * (more' - now) + ...
 
-    At gate 0 it is `now`, and the slope of the loss along the gate is, to first order, what the
-    neurons that `more` adds would change, the stand-in that is theirs no longer among it.
+    At gates 0 it is `now`, and the slope of the loss along a gate is, to first order, what that way
+    would change: where it adds neurons, the stand-in that is theirs no longer among it.
 
     Attributes:
-        now, more: the layer with a core set, and with one that contains it.
-        places: where the neurons of `now` are among those of `more`, [G, K] of G groups of rows.
-        gate: 0, a scalar.
+        now: the layer with a core set.
+        ways: by their place among all, the same with more.
+        inputs: of the layer that has the neurons of all of them.
+        gates: 0, one a way, [ways].
     """
 
-    now: CompactMlp
-    more: CompactMlp
-    places: Tensor
-    gate: Tensor
-
-    @property
-    def inputs(self) -> Sequence[Callable[[Tensor], Tensor]]:
-        return self.more.inputs
+    now: Part
+    ways: Mapping[int, Part]
+    inputs: Sequence[Callable[[Tensor], Tensor]]
+    gates: Tensor
 
     def project(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
-        y = self.now.project(self._of_now(h, h.shape[-1]), x, self._of_now(first, h.shape[-1]))
-        with torch.no_grad():
-            change = self.more.project(h, x, first) - y
-        return y + self.gate.to(y.dtype) * change
-
-    def _of_now(self, y: Tensor, size: int) -> Tensor:
-        """Those of `now` among the `size` neurons of `more`, of each of the parts of y."""
-        groups = self.places.shape[0]
-        rows = y.reshape(groups, -1, y.shape[-1] // size, size)  # [G, rows, parts, K of more]
-        places = self.places[:, None, None].expand(-1, *rows.shape[1:3], -1)
-        return rows.gather(-1, places).reshape(*y.shape[:-1], -1)
+        now = self.now.project(h, x, first)
+        y = now
+        for way, more in self.ways.items():
+            with torch.no_grad():
+                change = more.project(h, x, first) - now
+            y = y + self.gates[way].to(y.dtype) * change
+        return y
 
 
 def worth(
@@ -71,11 +90,11 @@ def worth(
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     now: Selector,
-    more: Selector,
+    ways: Sequence[Selector],
     stand_in: StandIn | None,
     texts: Sequence[str] | None = None,
 ) -> Worth:
-    """The worth of a few neurons more in every layer, all layers by one backward pass.
+    """The worth of more in every layer, all layers and ways by one backward pass.
 
     A continuation is read after its densely prefilled prompt, through the core neurons; its first
     token is the prefill's and does not count.
@@ -85,46 +104,59 @@ def worth(
         prompts: token ids, a batch.
         continuations: what follows each, two tokens or more.
         now: the rule.
-        more: the same rule with larger budgets, in some layers or in all.
+        ways: the same rule with more, in some layers or in all: larger budgets, or a larger part of
+            the core neurons active. The first keeps all the neurons that any of them keeps.
         stand_in: what takes the place of the dropped neurons.
         texts: of the prompts, for rules that embed them.
     """
-    read = backend.start(RecordingPlan.of(more, stand_in))
+    read = backend.start(RecordingPlan.of(now, stand_in))
     read.prefill(prompts, texts)
-    steps, added = steps_between(read, now, more, stand_in)
+    steps = steps_to(read, now, ways, stand_in)
     if not steps:
-        raise ValueError("no layer keeps more neurons in one rule than in the other")
+        raise ValueError("no way has more of any layer")
     loss = continuation_loss(read, {**read.compact, **steps}, continuations)
-    gates = [step.gate for step in steps.values()]
-    slopes = torch.autograd.grad(loss, gates)
-    per_neuron: list[float | None] = [None] * len(backend.anatomy.layers)
-    for layer, slope in zip(steps, slopes, strict=True):
-        per_neuron[layer] = -float(slope) / added[layer]
-    return Worth(float(loss.detach()), per_neuron)
+    slopes = torch.autograd.grad(loss, [step.gates for step in steps.values()])
+    gains: list[list[float | None]] = [[None] * len(backend.anatomy.layers) for _ in ways]
+    for (layer, step), slope in zip(steps.items(), slopes, strict=True):
+        for way in step.ways:
+            gains[way][layer] = -float(slope[way])
+    return Worth(float(loss.detach()), gains)
 
 
-def steps_between(
-    read: HfSession, now: Selector, more: Selector, stand_in: StandIn | None
-) -> tuple[dict[int, Step], dict[int, int]]:
-    """Of each layer that `more` makes larger, the way there and how many neurons it adds.
+def steps_to(
+    read: HfSession, now: Selector, ways: Sequence[Selector], stand_in: StandIn | None
+) -> dict[int, Step]:
+    """The ways of each layer that has more on one of them.
 
     Args:
         read: a session after its prefill; `now` is selected in it.
     """
-    larger = read.fork()
-    wider = [choice.core_set.layers for choice in larger.select(more, stand_in)]
-    kept = [choice.core_set.layers for choice in read.select(now, stand_in)]
-    steps, added = {}, {}
+    ends = [(fork := read.fork(), fork.select(way, stand_in)) for way in ways]
+    begin = (read, read.select(now, stand_in))
+
+    def part(end: tuple[HfSession, list[Choice]], layer: int) -> Part:
+        """Of the neurons of the first way."""
+        session, choices = end
+        pairs = zip(choices, ends[0][1], strict=True)
+        places = [
+            torch.searchsorted(of_all.core_set.layers[layer], own.core_set.layers[layer])
+            for own, of_all in pairs
+        ]
+        mlp = session.compact[layer]
+        return Part(mlp, torch.stack(places).to(mlp.output.weight.device))
+
+    steps = {}
     for layer, compact in read.compact.items():
-        if layer not in larger.compact:
+        if any(layer not in session.compact for session, _ in ends):
             continue
-        pairs = [(a[layer].long(), b[layer].long()) for a, b in zip(kept, wider, strict=True)]
-        grown = len(pairs[0][1]) - len(pairs[0][0])
-        if grown <= 0:
-            continue
-        places = torch.stack([torch.searchsorted(b, a) for a, b in pairs])
-        gate = torch.zeros((), requires_grad=True)
-        device = compact.output.weight.device
-        steps[layer] = Step(compact, larger.compact[layer], places.to(device), gate)
-        added[layer] = grown
-    return steps, added
+        more = {
+            place: part(end, layer)
+            for place, (end, way) in enumerate(zip(ends, ways, strict=True))
+            if end[0].compact[layer].num_neurons > compact.num_neurons
+            or way.active_in(layer) > now.active_in(layer)
+        }
+        if more:
+            gates = torch.zeros(len(ways), requires_grad=True)
+            inputs = ends[0][0].compact[layer].inputs
+            steps[layer] = Step(part(begin, layer), more, inputs, gates)
+    return steps

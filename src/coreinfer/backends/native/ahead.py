@@ -92,7 +92,7 @@ class Ahead:
         if kept is None:
             return None
         self._kept[layer] = kept
-        if stays_whole(kept, size, selector):
+        if stays_whole(layer, kept, size, selector):
             return None
         terms, product = None, None
         if stand_in is not None and kept.numel() < size:
