@@ -54,7 +54,15 @@ def steps_of(
     return read, steps_to(read, now, ways, stand_in)
 
 
-@pytest.mark.parametrize(("now", "ways"), [(NOW, (MORE,)), (SKIPPING, WAYS)])
+@pytest.mark.parametrize(
+    ("now", "ways"),
+    [
+        (NOW, (MORE,)),
+        (SKIPPING, WAYS),
+        (MORE, (NOW,)),  # narrower
+        (replace(SKIPPING, beta=1.0), (replace(SKIPPING, beta=0.9), replace(WAYS[1], beta=1.0))),
+    ],
+)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_step_leads_from_one_rule_to_the_others(
     family: str, now: Selector, ways: Sequence[Selector]
@@ -127,7 +135,7 @@ def test_layers_that_do_not_grow_have_none() -> None:
     (gains,) = worth(backend, PROMPTS, AFTER, NOW, [more], None).gains
     assert gains[0] is not None
     assert gains[1:] == [None, None]
-    with pytest.raises(ValueError, match="no way has more"):
+    with pytest.raises(ValueError, match="no way differs"):
         worth(backend, PROMPTS, AFTER, NOW, [NOW], None)
 
 

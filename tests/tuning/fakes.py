@@ -19,16 +19,16 @@ from coreinfer.tuning.work import DENSE, Measure, Weigh
 NEURONS = 200
 LAYERS = 8
 COST = ReadCost(
-    shared=10_000,
-    per_neuron=(12,) * LAYERS,
+    shared=1_000_000,
+    per_neuron=(1200,) * LAYERS,
     num_neurons=(NEURONS,) * LAYERS,
-    behind_gate=(8,) * LAYERS,
+    behind_gate=(800,) * LAYERS,
 )
-PRICES = Prices(COST, offset=4, direction=8)
+PRICES = Prices(COST, offset=400, direction=800)
 # What dropping costs in each layer: the first and the last are worth most.
 WORTH = (4.0, 1.0, 0.2, 0.1, 0.1, 0.2, 0.3, 1.5)
-# What skipping costs in each; with neurons as small as these it hardly saves anything.
-OPEN = (0.3, 0.1, 0.5, 0.5, 0.2, 0.2, 1.0, 1.0)
+# What skipping costs in each.
+OPEN = (0.06, 0.02, 0.1, 0.1, 0.04, 0.04, 0.2, 0.2)
 RULES = {"stability": 1.6, "griffin": 1.2, "impact": 1.0}
 
 

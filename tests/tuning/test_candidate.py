@@ -102,7 +102,7 @@ def test_the_file_gives_the_same_settings(
     path = tmp_path_factory.mktemp("t") / "s.toml"
     write_settings(path, candidate.options(stores), ["what for: a = [1]\nand on"])
     args = typed(verb, path)
-    setting = candidate.setting(stores)
+    setting = candidate.effective.setting(stores)
     selector, stand_in = options.selector_from(args), options.stand_in_from(args)
     assert selector.describe() == setting.selector.describe()
     assert (stand_in is None) == (setting.stand_in is None)
@@ -132,12 +132,16 @@ def test_the_file_gives_the_same_density(
 @given(candidates)
 def test_no_option_is_written_that_has_no_effect(stores: Stores, candidate: Candidate) -> None:
     written = candidate.options(stores)
+    drops = min(candidate.keeps) < 1
     assert ("calibration" in written) == (
-        candidate.selector == "residual" or candidate.stand_in == "calibrated"
+        drops and (candidate.selector == "residual" or candidate.stand_in == "calibrated")
     )
-    assert ("clusters" in written) == (candidate.selector in ("similarity", "auto"))
-    assert len({"beta", "gamma", "budgets"} & written.keys()) == (
-        0 if set(candidate.keeps) == {1.0} else 1
+    assert ("clusters" in written) == (drops and candidate.selector in ("similarity", "auto"))
+    assert (written["stand-in"] != "none") == (drops and candidate.stand_in != "none")
+    all_dense = len(candidate.dense_layers) == 3
+    assert len({"beta", "gamma", "budgets"} & written.keys()) == (not all_dense)
+    assert len({"active", "active-budgets"} & written.keys()) == (
+        any(active < 1 for active in candidate.actives) and not all_dense
     )
 
 
@@ -180,3 +184,17 @@ def test_widening_leaves_dense_layers_and_never_makes_one() -> None:
     candidate = Candidate("impact", (0.5, 0.95, 1.0, 0.99))
     assert candidate.widened(0.1, (20, 20, 20, 100)).keeps == (0.6, 0.95, 1.0, 0.99)
     assert candidate.widened(0.1, (20, 100, 20, 200)).keeps == (0.6, 0.99, 1.0, 0.995)
+
+
+def test_what_keeps_all_and_skips_some_is_narrowed_and_not_dense() -> None:
+    candidate = Candidate("impact", (1.0, 1.0, 0.5), actives=(0.5, 1.0, 0.998))
+    assert candidate.dense_layers == (1,)
+    assert candidate.widened(0.1, (20, 20, 20)).keeps == (0.9, 1.0, 0.6)
+    assert candidate.opened(0.1).actives == (0.6, 1.0, 0.999)
+    assert candidate.options(Stores()) == {
+        "selector": "impact",
+        "stand-in": "none",
+        "dense-layers": [1],
+        "budgets": {"0": 1.0, "2": 0.5},
+        "active-budgets": {"0": 0.5, "2": 0.998},
+    }

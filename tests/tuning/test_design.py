@@ -33,7 +33,7 @@ def read(planner: Planner, candidate: Candidate) -> int:
         zip(cost.per_neuron, cost.num_neurons, candidate.keeps, strict=True)
     ):
         active = candidate.active(layer)
-        if keep < 1 and active < 1:  # the gate, what it is compared with, and what is behind it
+        if active < 1:  # the gate, what it is compared with, and what is behind it
             more = min(active * MORE_ACTIVE, LEAST_SKIPPED)
             size = ceil(size + 4 - (1 - more) * cost.behind_gate[layer])
         total += size * round(keep * neurons)
@@ -42,7 +42,7 @@ def read(planner: Planner, candidate: Candidate) -> int:
     return total
 
 
-closed = st.lists(st.floats(-3, 3), min_size=7, max_size=7).map(tuple)
+opened = st.lists(st.floats(-3, 3), min_size=7, max_size=7).map(tuple)
 profiles = st.builds(
     Profile,
     first=st.integers(0, 2),
@@ -50,7 +50,7 @@ profiles = st.builds(
     spread=st.floats(0, 1.5),
     slope=st.floats(-2, 2),
     bend=st.floats(-2, 2),
-    closed=st.one_of(st.just(()), closed),
+    opened=st.one_of(st.just(()), opened),
 )
 rows = st.lists(st.tuples(st.integers(20, 90), st.floats(0, 10)), min_size=3, max_size=7)
 # Of neurons as small as the least, and of some that skipping spares more than it costs.

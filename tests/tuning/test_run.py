@@ -52,6 +52,22 @@ def test_bytes_are_kept_and_well_used() -> None:
         assert loss_of(chosen.candidate) < 0.5 * loss_of(one_keep.candidate)
 
 
+def test_neurons_are_skipped_where_that_is_asked_for() -> None:
+    """Both kinds of the best with one keep are then compared with."""
+    goal = Goal.of_bytes(0.7)
+    without = run(goal, Formula(), effort=Effort(trials=40, steps=20))
+    assert not any(point.candidate.actives for point in without.tried)
+    outcome = run(goal, Formula(), effort=Effort(trials=40, steps=20, skipping=True))
+    computed, skipped, ends_dense = outcome.rivals.values()
+    assert not computed.candidate.actives
+    assert max(skipped.candidate.actives) < 1
+    assert ends_dense.candidate.dense_layers == (0, 1, 6, 7)
+    assert outcome.chosen.loss.mean < skipped.loss.mean < computed.loss.mean
+    assert outcome.chosen.loss.mean < without.chosen.loss.mean
+    assert all(point.share <= 0.7 + 1e-6 for point in (outcome.chosen, *outcome.rivals.values()))
+    assert {"active", "active-budgets"} & outcome.settings.keys()
+
+
 @pytest.mark.parametrize("text", ["kl<=0.1", "ppl<=+8%", "agreement>=0.93"])
 def test_a_budget_is_kept_at_few_bytes(text: str) -> None:
     goal = Goal.of_budget(text)

@@ -99,6 +99,11 @@ def add_parser(verbs: Any) -> None:
     effort.add_argument(
         "--seed", type=whole, default=0, metavar="N", help="of the search, from 0 (default: 0)"
     )
+    effort.add_argument(
+        "--skipping", action="store_true",
+        help="search --active too: core neurons that a token does not compute whole. That spares "
+        "bytes, but time only in bfloat16 on wide models, and no memory",
+    )  # fmt: skip
     stores = parser.add_argument_group("what rules and stand-ins may use")
     stores.add_argument(
         "--calibration", metavar="STORE",
@@ -138,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.tuning.study import require_optuna
 
     goal = Goal.of_bytes(args.bytes) if args.budget is None else Goal.of_budget(args.budget)
-    effort = Effort(args.trials, args.steps, args.seed)
+    effort = Effort(args.trials, args.steps, args.seed, args.skipping)
     amount = Amount(
         search=args.search_prompts,
         report=args.report_prompts,

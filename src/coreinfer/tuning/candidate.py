@@ -15,6 +15,8 @@ from coreinfer.selectors import SELECTORS, Selector
 from coreinfer.semantics.store import ClusterStore
 from coreinfer.standins import STAND_INS, StandIn
 
+MOST_ACTIVE = 0.999  # where neurons are skipped
+
 _OPEN: Mapping[str, Any] = {"clusters": ClusterStore.load, "calibration": CalibrationStore.load}
 
 
@@ -53,7 +55,7 @@ class Candidate:
 
     Attributes:
         selector: name of the rule.
-        keeps: the fraction of each layer's neurons that is kept; 1.0 is a dense layer.
+        keeps: the fraction of each layer's neurons that is kept.
         rule: the rule's other options, such as {"alpha": 0.3}.
         stand_in: name of the stand-in, "none" for plain dropping.
         fit: its options, such as {"rank": 32}.
@@ -81,32 +83,51 @@ class Candidate:
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
-        return tuple(layer for layer, keep in enumerate(self.keeps) if keep == 1.0)
+        """Those that keep all neurons and skip none."""
+        return tuple(
+            layer for layer, keep in enumerate(self.keeps) if keep == self.active(layer) == 1.0
+        )
+
+    @property
+    def effective(self) -> Candidate:
+        """Without what has no effect: where no layer leaves a neuron out, nothing is ranked, and
+        nothing stands in."""
+        if min(self.keeps) < 1.0:
+            return self
+        return Candidate("impact", self.keeps, actives=self.actives)
 
     @property
     def name(self) -> str:
         """The rule and the stand-in in a few words."""
-        words = [self.selector, *(f"{name} {value:g}" for name, value in self.rule.items())]
+        one = self.effective
+        words = [one.selector, *(f"{name} {value:g}" for name, value in one.rule.items())]
         skipping = [active for active in self.actives if active < 1]
         if skipping:
             least, most = f"{min(skipping):g}", f"{max(skipping):g}"
             words.append(f"active {least}" if least == most else f"active {least} to {most}")
-        words += [self.stand_in, *(f"{name} {value:g}" for name, value in self.fit.items())]
+        words += [one.stand_in, *(f"{name} {value:g}" for name, value in one.fit.items())]
         return " ".join(word.replace("_", " ") for word in words)
 
     def widened(self, by: float, num_neurons: Sequence[int]) -> Candidate:
-        """With so much more kept in each layer that is not dense, but never all of it."""
-        sizes = zip(self.keeps, num_neurons, strict=True)
-        keeps = tuple(k if k == 1.0 else max(k, min(k + by, 1 - 1 / n)) for k, n in sizes)
-        return replace(self, keeps=keeps)
+        """With so much more kept in each layer that is not dense, but never all of it; where all
+        is kept already, so much less."""
+        keeps = []
+        for layer, (keep, neurons) in enumerate(zip(self.keeps, num_neurons, strict=True)):
+            if keep < 1.0:
+                keep = max(keep, min(keep + by, 1 - 1 / neurons))
+            elif self.active(layer) < 1.0:
+                keep = max(1.0 - by, 1 / neurons)
+            keeps.append(keep)
+        return replace(self, keeps=tuple(keeps))
 
     def active(self, layer: int) -> float:
         """The fraction of a layer's core neurons that a token computes whole."""
         return self.actives[layer] if self.actives else 1.0
 
     def opened(self, by: float) -> Candidate:
-        """With so much more active in each layer where neurons are skipped."""
-        return replace(self, actives=tuple(min(active + by, 1.0) for active in self.actives))
+        """With so much more active in each layer where neurons are skipped, but never all."""
+        actives = tuple(a if a == 1.0 else max(a, min(a + by, MOST_ACTIVE)) for a in self.actives)
+        return replace(self, actives=actives)
 
     def setting(self, stores: Stores) -> Setting:
         """What it is for `measure`.
@@ -124,16 +145,18 @@ class Candidate:
     def options(self, stores: Stores) -> dict[str, Any]:
         """The same as options of the command line, by their long names: what a TOML file holds.
 
-        Layers of one budget are written together, as in {"3-5": 0.6}.
+        Layers of one budget are written together, as in {"3-5": 0.6}; what has no effect is left
+        out.
         """
-        rule = SELECTORS[self.selector]
+        one = self.effective
+        rule = SELECTORS[one.selector]
         needed = set(stores.taken_by(rule))
-        if self.stand_in != "none":
-            needed |= set(stores.taken_by(STAND_INS[self.stand_in]))
+        if one.stand_in != "none":
+            needed |= set(stores.taken_by(STAND_INS[one.stand_in]))
         kept = self._kept(rule)
         by_layer = {name: kept.pop(name) for name in ("budgets", "active_budgets") if name in kept}
-        made: dict[str, Any] = {"selector": self.selector, **self.rule, **kept}
-        made |= {"stand_in": self.stand_in, **self.fit}
+        made: dict[str, Any] = {"selector": one.selector, **one.rule, **kept}
+        made |= {"stand_in": one.stand_in, **one.fit}
         made |= {name: stores.paths[name] for name in sorted(needed)}
         made["dense_layers"] = list(self.dense_layers)
         made |= {name: _in_runs(budgets) for name, budgets in by_layer.items()}
@@ -141,8 +164,9 @@ class Candidate:
 
     def _kept(self, rule: type[Selector]) -> dict[str, Any]:
         """The options that say how much is kept, and how much of that is active."""
-        keeps = {layer: keep for layer, keep in enumerate(self.keeps) if keep < 1.0}
-        made = {"dense_layers": self.dense_layers, **_budgets(rule.keep_name, "budgets", keeps)}
+        dense = self.dense_layers
+        keeps = {layer: keep for layer, keep in enumerate(self.keeps) if layer not in dense}
+        made = {"dense_layers": dense, **_budgets(rule.keep_name, "budgets", keeps)}
         if self.actives:
             actives = {layer: self.active(layer) for layer in keeps}
             made |= _budgets("active", "active_budgets", actives)

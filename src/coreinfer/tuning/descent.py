@@ -51,10 +51,9 @@ def descend(design: Design, layers: int, worths: Worths, steps: int) -> Design:
             continue
         rate = RATE * (1 - number / steps)
         profile, nothing = design.profile, (0.0,) * layers
-        weights = [list(profile.weights or nothing), list(profile.closed or nothing)]
+        weights = [list(profile.weights or nothing), list(profile.opened or nothing)]
         for (kind, layer), value in known.items():
-            up = rate * min(max(value / mean - 1, -1.0), 1.0)
-            weights[kind][layer] += (up, -up)[kind]
-        kept, closed = (tuple(one) if any(one) else () for one in weights)
-        design = replace(design, profile=replace(profile, weights=kept, closed=closed))
+            weights[kind][layer] += rate * min(max(value / mean - 1, -1.0), 1.0)
+        kept, opened = (tuple(one) if any(one) else () for one in weights)
+        design = replace(design, profile=replace(profile, weights=kept, opened=opened))
     return design

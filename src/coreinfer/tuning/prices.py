@@ -69,8 +69,7 @@ class Prices:
         stand_in = self.stand_in(candidate.stand_in, candidate.fit)
         pairs = zip(self.cost.num_neurons, candidate.keeps, strict=True)
         return [
-            self.layer(layer)
-            if keep == 1.0
-            else self.neuron(layer, candidate.active(layer)) * round(keep * neurons) + stand_in
+            self.neuron(layer, candidate.active(layer)) * round(keep * neurons)
+            + (stand_in if keep < 1.0 else 0)
             for layer, (neurons, keep) in enumerate(pairs)
         ]

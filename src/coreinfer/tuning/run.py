@@ -20,7 +20,8 @@ from coreinfer.tuning.study import front, search
 from coreinfer.tuning.tuner import DESCENT, FINAL, REPORT, SEARCH, Tuner
 
 PROFILE = "profile"  # the part of the prompts that single layers are measured on
-ONE_KEEP = "best one keep"  # for all layers
+ONE_KEEP = "best one keep"  # for all layers, of which none is skipped
+ONE_ACTIVE = "best one keep, skipping"  # where that does better
 ENDS_DENSE = "ends dense"  # the same with the first 3 and last 2 layers dense
 SHARES = (0.4, 0.55, 0.8, 0.9)  # at which the front is completed
 MOST_REPORTED = 6  # points of the front
@@ -35,11 +36,14 @@ class Effort:
         trials: designs that the search measures.
         steps: of the budgets' descent.
         seed: of the search.
+        skipping: whether core neurons may be skipped (`--active`): fewer bytes, but less time only
+            where rows are long.
     """
 
     trials: int = 64
     steps: int = 40
     seed: int = 0
+    skipping: bool = False
 
     def __post_init__(self) -> None:
         require_whole("trials", self.trials, 1)
@@ -81,7 +85,7 @@ def tune(
     else:
         errors = measured_errors(objective, PROFILE, layers)
     tuner = Tuner(goal, Planner(prices, errors), objective)
-    space = Space.of(prices, stores, goal.share)
+    space = Space.of(prices, stores, goal.share, skips=effort.skipping)
 
     def evaluate(
         designs: Sequence[tuple[Design, float]],
@@ -169,14 +173,20 @@ def _rivals(tuner: Tuner, chosen: Point) -> dict[str, Point]:
 
 
 def _single_designs(tuner: Tuner) -> dict[str, Design]:
-    """The best setting with one keep for all layers, and the same with the ends dense."""
+    """The best setting with one keep for all layers, the best of which neurons are skipped where
+    that is better, and the better of them with the ends dense."""
     single = [point for point in tuner.tried.values() if point.stage == "one keep"]
     if not single:
         return {}
-    best = min(single, key=lambda point: point.loss.mean).design
+    single.sort(key=lambda point: point.loss.mean)
+    best = single[0].design
+    computed = (point.design for point in single if not point.candidate.actives)
+    made = {ONE_KEEP: next(computed, best), ONE_ACTIVE: best}
+    if made[ONE_KEEP] == best:
+        del made[ONE_ACTIVE]
     quarter = tuner.planner.num_layers // 4
-    dense = replace(best, profile=Profile(first=min(3, quarter), last=min(2, quarter)))
-    return {ONE_KEEP: best, ENDS_DENSE: dense}
+    profile = Profile(first=min(3, quarter), last=min(2, quarter))
+    return {**made, ENDS_DENSE: replace(best, profile=profile)}
 
 
 def _closest(points: Sequence[Point]) -> Point:

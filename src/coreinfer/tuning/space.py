@@ -16,7 +16,7 @@ from coreinfer.tuning.prices import Prices
 
 RULES = ("stability", "similarity", "auto", "impact", "griffin", "residual")
 RANKS = (4, 8, 16, 32, 64, 128, 256)
-ACTIVE = (0.75, 0.6)  # of the core neurons, at which the two best rules are tried
+ACTIVE = (0.75, 0.6, 0.45)  # of the core neurons, at which the two best rules are tried
 MAP_SHARE = 8  # a stand-in's map may read one part in so many of its layer
 MOST_DENSE = 4  # layers at either end of the model, and a quarter of it at most
 LEAST_SHARE, MOST_SHARE = 0.2, 0.97  # of the dense MLPs' bytes, where they are searched
@@ -66,6 +66,7 @@ class Space:
         ranks: of a stand-in's map.
         most_dense: layers at either end.
         share: the part of the MLPs' bytes to read; None searches that too.
+        skips: whether core neurons may be skipped.
     """
 
     rules: tuple[str, ...]
@@ -73,9 +74,12 @@ class Space:
     ranks: tuple[int, ...]
     most_dense: int
     share: float | None = None
+    skips: bool = False
 
     @classmethod
-    def of(cls, prices: Prices, stores: Stores, share: float | None) -> Space:
+    def of(
+        cls, prices: Prices, stores: Stores, share: float | None, *, skips: bool = False
+    ) -> Space:
         """All rules and stand-ins that the stores serve, and ranks that leave room for neurons."""
         layers = range(len(prices.cost.num_neurons))
         room = min(map(prices.layer, layers)) / (MAP_SHARE * prices.direction)
@@ -85,13 +89,16 @@ class Space:
             ranks=tuple(rank for rank in RANKS if rank <= room) or (1,),
             most_dense=min(MOST_DENSE, len(layers) // 4),
             share=share,
+            skips=skips,
         )
 
     def suggest(self, trial: Trial) -> tuple[Design, float]:
         """A design, and the share of bytes that it may read."""
         rule = trial.suggest_categorical("selector", self.rules)
         stand_in = trial.suggest_categorical("stand_in", self.stand_ins)
-        made = {name: OPTIONS[name].suggest(trial, f"{rule}.{name}") for name in _searched(rule)}
+        made = {
+            name: OPTIONS[name].suggest(trial, f"{rule}.{name}") for name in self._searched(rule)
+        }
         fit: dict[str, Any] = {}
         if "rank" in _fields(stand_in):
             fit["rank"] = trial.suggest_categorical("rank", self.ranks)
@@ -123,7 +130,7 @@ class Space:
             at = self.ranks.index(level["rank"])
             for rank in self.ranks[max(at - 1, 0) : at] + self.ranks[at + 1 : at + 2]:
                 yield {**level, "rank": rank}
-        for active in ACTIVE:
+        for active in ACTIVE if self.skips else ():
             yield {**level, f"{rule}.active": active}
         most = self.most_dense
         for first, last, spread in ((most, most // 2, 0.0), (0, 0, 0.5), (most // 2, 1, 0.5)):
@@ -132,7 +139,7 @@ class Space:
 
     def _parameters(self, rule: str, stand_in: str, profile: Profile) -> dict[str, Any]:
         made: dict[str, Any] = {"selector": rule, "stand_in": stand_in}
-        made |= {f"{rule}.{name}": _default(rule, name) for name in _searched(rule)}
+        made |= {f"{rule}.{name}": _default(rule, name) for name in self._searched(rule)}
         if "rank" in _fields(stand_in):
             wanted = _default(stand_in, "rank")
             made["rank"] = min(self.ranks, key=lambda rank: abs(rank - wanted))
@@ -140,6 +147,10 @@ class Space:
         made |= {name: getattr(profile, name) for name in ("first", "last", "spread")}
         made |= {"slope": 0.0, "bend": 0.0}
         return made if self.share is not None else {**made, "share": START_SHARE}
+
+    def _searched(self, rule: str) -> list[str]:
+        known = _fields(rule) - (frozenset() if self.skips else {"active"})
+        return [name for name in OPTIONS if name in known]
 
 
 def _made(name: str) -> type[Selector] | type[StandIn] | None:
@@ -150,10 +161,6 @@ def _made(name: str) -> type[Selector] | type[StandIn] | None:
 def _fields(name: str) -> frozenset[str]:
     made = _made(name)
     return frozenset() if made is None else frozenset(made.__dataclass_fields__)
-
-
-def _searched(rule: str) -> list[str]:
-    return [name for name in OPTIONS if name in _fields(rule)]
 
 
 def _default(name: str, field: str) -> Any:

@@ -42,7 +42,7 @@ class Tuner:
 
     def points(self, designs: Sequence[tuple[Design, float]], stage: str) -> list[Point | None]:
         """Of designs with their shares of bytes; None where these do not pay for the design."""
-        made = [self._candidate(*one) for one in designs]
+        made = [self._effective(*one) for one in designs]
         known = [candidate for candidate in made if candidate is not None]
         measured = self.objective.measure(SEARCH, known, stage) if known else []
         qualities = iter(measured)
@@ -60,6 +60,11 @@ class Tuner:
             return self.planner.candidate(design, share)
         except UserError:
             return None
+
+    def _effective(self, design: Design, share: float) -> Candidate | None:
+        """What of a design is measured, once where several come to the same."""
+        candidate = self._candidate(design, share)
+        return None if candidate is None else candidate.effective
 
     def _point(
         self, stage: str, design: Design, asked: float, candidate: Candidate, quality: Quality
@@ -100,7 +105,7 @@ class Tuner:
     def best_of(self, designs: Sequence[Design], share: float) -> Design:
         """The design of least loss on more prompts than it was found with, at this share of bytes;
         the first where the bytes pay for none."""
-        made = [(design, self._candidate(design, share)) for design in designs]
+        made = [(design, self._effective(design, share)) for design in designs]
         known = {one.key: (one, design) for design, one in made if one is not None}
         if len(known) < 2:
             return designs[0]
@@ -160,9 +165,10 @@ class Tuner:
 def _by_byte(
     gains: Sequence[float | None], now: Sequence[int], then: Sequence[int]
 ) -> list[float | None]:
-    """What each layer gains by a byte more, from what it gains by reading `then` for `now`."""
+    """What each layer gains by a byte more, from what it gains by reading `then` for `now`, be
+    that more or less."""
     layers = zip(gains, now, then, strict=True)
-    return [None if gain is None or b <= a else gain / (b - a) for gain, a, b in layers]
+    return [None if gain is None or b == a else gain / (b - a) for gain, a, b in layers]
 
 
 def _is_single(design: Design) -> bool:

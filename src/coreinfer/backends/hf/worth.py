@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coreinfer.backends.base import Choice
 from coreinfer.backends.hf.compact import CompactMlp
 from coreinfer.backends.hf.loss import continuation_loss
 from coreinfer.backends.hf.session import HfBackend, HfSession
@@ -24,7 +23,7 @@ class Worth:
     Attributes:
         loss: KL(dense || sparse) of the next-token distributions, nats a token.
         gains: of each way, of each layer, by how much that falls on the whole way, to first order;
-            None where the layer is the same at both ends.
+            None where the layer is the same at both ends, or dense at one.
     """
 
     loss: float
@@ -58,15 +57,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """An MLP layer on its ways to more: now + gate * (more - now) + gate' * (more' - now) + ...
+    """An MLP layer on its ways to others: now + gate * (other - now) + gate' * (other' - now) + ...
 
     At gates 0 it is `now`, and the slope of the loss along a gate is, to first order, what that way
     would change: where it adds neurons, the stand-in that is theirs no longer among it.
 
     Attributes:
         now: the layer with a core set.
-        ways: by their place among all, the same with more.
-        inputs: of the layer that has the neurons of all of them.
+        ways: by their place among all, the others.
+        inputs: of the one that has the neurons of all of them.
         gates: 0, one a way, [ways].
     """
 
@@ -78,9 +77,9 @@ class Step:
     def project(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
         now = self.now.project(h, x, first)
         y = now
-        for way, more in self.ways.items():
+        for way, other in self.ways.items():
             with torch.no_grad():
-                change = more.project(h, x, first) - now
+                change = other.project(h, x, first) - now
             y = y + self.gates[way].to(y.dtype) * change
         return y
 
@@ -104,8 +103,8 @@ def worth(
         prompts: token ids, a batch.
         continuations: what follows each, two tokens or more.
         now: the rule.
-        ways: the same rule with more, in some layers or in all: larger budgets, or a larger part of
-            the core neurons active. The first keeps all the neurons that any of them keeps.
+        ways: the same rule with more, or less, in some layers or in all: of their neurons, or of
+            those that are active.
         stand_in: what takes the place of the dropped neurons.
         texts: of the prompts, for rules that embed them.
     """
@@ -113,7 +112,7 @@ def worth(
     read.prefill(prompts, texts)
     steps = steps_to(read, now, ways, stand_in)
     if not steps:
-        raise ValueError("no way has more of any layer")
+        raise ValueError("no way differs in any layer")
     loss = continuation_loss(read, {**read.compact, **steps}, continuations)
     slopes = torch.autograd.grad(loss, [step.gates for step in steps.values()])
     gains: list[list[float | None]] = [[None] * len(backend.anatomy.layers) for _ in ways]
@@ -126,37 +125,44 @@ def worth(
 def steps_to(
     read: HfSession, now: Selector, ways: Sequence[Selector], stand_in: StandIn | None
 ) -> dict[int, Step]:
-    """The ways of each layer that has more on one of them.
+    """The ways of each layer that differs on one of them.
 
     Args:
         read: a session after its prefill; `now` is selected in it.
+
+    Raises:
+        ValueError: if a layer keeps more neurons on one way, but not all those of another.
     """
-    ends = [(fork := read.fork(), fork.select(way, stand_in)) for way in ways]
-    begin = (read, read.select(now, stand_in))
-
-    def part(end: tuple[HfSession, list[Choice]], layer: int) -> Part:
-        """Of the neurons of the first way."""
-        session, choices = end
-        pairs = zip(choices, ends[0][1], strict=True)
-        places = [
-            torch.searchsorted(of_all.core_set.layers[layer], own.core_set.layers[layer])
-            for own, of_all in pairs
-        ]
-        mlp = session.compact[layer]
-        return Part(mlp, torch.stack(places).to(mlp.output.weight.device))
-
+    forks = [read.fork() for _ in ways]
+    places = [[choice.core_set.layers for choice in read.select(now, stand_in)]]
+    for fork, way in zip(forks, ways, strict=True):
+        places.append([choice.core_set.layers for choice in fork.select(way, stand_in)])
     steps = {}
-    for layer, compact in read.compact.items():
-        if any(layer not in session.compact for session, _ in ends):
+    for layer in read.compact:
+        if any(layer not in fork.compact for fork in forks):
             continue
-        more = {
-            place: part(end, layer)
-            for place, (end, way) in enumerate(zip(ends, ways, strict=True))
-            if end[0].compact[layer].num_neurons > compact.num_neurons
-            or way.active_in(layer) > now.active_in(layer)
+        mlps = [session.compact[layer] for session in (read, *forks)]
+        kept = [[row[layer].long() for row in rows] for rows in places]
+        widest = max(range(len(mlps)), key=lambda one: mlps[one].num_neurons)
+        parts = [
+            Part(mlp, _places(rows, kept[widest]).to(mlp.output.weight.device))
+            for mlp, rows in zip(mlps, kept, strict=True)
+        ]
+        others = {
+            place: part
+            for place, (part, way) in enumerate(zip(parts[1:], ways, strict=True))
+            if part.mlp.num_neurons != mlps[0].num_neurons
+            or way.active_in(layer) != now.active_in(layer)
         }
-        if more:
+        if others:
             gates = torch.zeros(len(ways), requires_grad=True)
-            inputs = ends[0][0].compact[layer].inputs
-            steps[layer] = Step(part(begin, layer), more, inputs, gates)
+            steps[layer] = Step(parts[0], others, mlps[widest].inputs, gates)
     return steps
+
+
+def _places(kept: Sequence[Tensor], of_all: Sequence[Tensor]) -> Tensor:
+    """Where neurons are among those of a larger set, [G, K] of G sets."""
+    pairs = list(zip(kept, of_all, strict=True))
+    if any(not torch.isin(own, larger).all() for own, larger in pairs):
+        raise ValueError("core sets that do not contain each other")
+    return torch.stack([torch.searchsorted(larger, own) for own, larger in pairs])
