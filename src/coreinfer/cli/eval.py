@@ -21,7 +21,7 @@ def add_parser(verbs: Any) -> None:
         "eval",
         help="tasks -> quality, dense and sparse side by side",
         description="Score tasks under several rules, each request from one dense prefill, with "
-        "95 %% intervals over the items (bootstrap) and the difference to dense decoding, paired. "
+        "95 % intervals over the items (bootstrap) and the difference to dense decoding, paired. "
         "Tasks and metrics are those of lm-evaluation-harness. Answers are kept, so a run that was "
         "interrupted goes on, and one with more tasks or rules computes these alone.",
     )

@@ -48,6 +48,7 @@ class Point:
             **self.candidate.fit,
             "dense_layers": list(self.candidate.dense_layers),
             "keeps": list(self.candidate.keeps),
+            "actives": list(self.candidate.actives),
             "mlp_share": self.share,
             "bytes_per_token": self.bytes_per_token,
             "search": asdict(self.loss),
