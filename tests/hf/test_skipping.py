@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coreinfer import sparse
 from coreinfer.backends.base import Phase
+from coreinfer.backends.hf.compact import SmallLinear
 from coreinfer.backends.hf.session import HfBackend, HfSession
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
@@ -191,6 +192,10 @@ def test_all_neurons_may_be_core_neurons_of_which_few_are_active() -> None:
     (choice,) = session.select(rule, Linear(rank=2))
     assert choice.core_set.density == 1.0
     assert choice.stand_in_bytes == 0
+    for layer, compact in session.compact.items():  # nothing is copied
+        whole = backend.anatomy.layers[layer].output.weight
+        assert isinstance(compact.output, SmallLinear)
+        assert compact.output.weight.data_ptr() == whole.data_ptr()
     session.decode([AFTER], Phase.SCORE)
     (spared,) = session.spared()
     assert spared is not None

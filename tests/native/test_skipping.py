@@ -101,3 +101,20 @@ def test_what_is_exactly_zero_is_among_what_is_skipped(variant: str) -> None:
             assert spared is not None
             assert spared / (3 * 48 * backend.cost.behind_gate[0]) > 0.2
     close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["llama", "relu", "opt"])
+def test_all_neurons_of_a_layer_are_packed_once(variant: str) -> None:
+    """For all prompts, whose thresholds differ."""
+    backend, rule = tiny_native(variant), Impact(beta=1.0, active=0.1)
+    packed = []
+    for prompt in (A, B):
+        session = backend.start(RecordingPlan.of(rule))
+        session.prefill([prompt])
+        session.select(rule)
+        assert session._plans is not None
+        packed.append(session._plans[0].mlps[1])
+    assert packed[0].down.data.data_ptr() == packed[1].down.data.data_ptr()
+    assert packed[0].least is not None
+    assert packed[1].least is not None
+    assert not torch.equal(packed[0].least, packed[1].least)

@@ -109,7 +109,7 @@ def compact_mlp(
     terms: Sequence[StandInTerms] | None,
     least: Sequence[Tensor] | None = None,
 ) -> CompactMlp:
-    """Gather the weights of the kept neurons, one copy a group.
+    """Gather the weights of the kept neurons, one copy a group; of one group that keeps all, none.
 
     Args:
         layer: the full layer.
@@ -121,8 +121,11 @@ def compact_mlp(
     device = layer.output.weight.device
     kept = [index.long().to(device) for index in kept]
     size = layer.num_neurons
+    whole = len(kept) == 1 and kept[0].numel() == size
 
     def rows(linear: Linear) -> SmallLinear | GroupedLinear:
+        if whole:
+            return SmallLinear(linear.weight, linear.bias)
         picks = [torch.cat([i, size + i]) if layer.fused else i for i in kept]
         bias = linear.bias
         return _linear(
@@ -143,7 +146,9 @@ def compact_mlp(
             lefts = [F.pad(part, (0, rank - part.shape[1])) for part in lefts]
             rights = [F.pad(part, (0, 0, 0, rank - part.shape[0])) for part in rights]
             left, right = _linear(lefts, None), _linear(rights, None)
-    down = [layer.output.weight.index_select(1, i).contiguous() for i in kept]
+    down = [layer.output.weight]
+    if not whole:
+        down = [layer.output.weight.index_select(1, i).contiguous() for i in kept]
     inputs = tuple(rows(linear) for linear in layer.inputs)
     skip = None
     if least is not None:

@@ -41,7 +41,7 @@ class Stepper:
     """Decodes tokens, eight rows at a time, with the kernels.
 
     Everything but the MLPs is packed at once; the MLP of a layer when all its neurons are first
-    asked for.
+    asked for, and once more where small ones of all are first to be skipped.
     Threads are as many as torch has; it does nothing meanwhile.
     """
 
@@ -51,7 +51,7 @@ class Stepper:
         self._skip_zeros = skip_zeros and weights.config.activation == "relu"
         self._arena = Arena()
         self._mappings = Mappings()  # of core neurons: each prompt's in turn
-        self._dense: dict[int, PackedMlp] = {}
+        self._whole: dict[tuple[int, bool], PackedMlp] = {}  # by layer, and whether by neuron
         self._decoder = self._pack()
 
     @cached_property
@@ -60,16 +60,18 @@ class Stepper:
         return self.plan({})
 
     def pack_layer(self, small: SmallLayer) -> list[PackedLayer]:
-        """The core neurons of each sequence; equal sets are packed once, and read once where no
-        neuron is skipped."""
+        """The core neurons of each sequence; equal sets are packed once, those of all neurons once
+        for all prompts, and read once where no neuron is skipped."""
         arena = Arena(mappings=self._mappings)
         packed: dict[bytes, PackedMlp] = {}
         layers = []
         for row, index in enumerate(small.kept):
             key = index.numpy().tobytes()
-            if key not in packed:
-                by_neuron = small.least is not None
-                packed[key] = self._pack_mlp(small.layer, index, arena, by_neuron=by_neuron)
+            by_neuron = self._skip_zeros or small.least is not None
+            if index.numel() == self._weights.config.num_neurons:
+                packed[key] = self._whole_mlp(small.layer, by_neuron)
+            elif key not in packed:
+                packed[key] = self._pack_mlp(small.layer, index, arena, by_neuron)
             mlp = packed[key] if small.least is None else packed[key].skipping(small.least[row])
             stand_in = None
             if small.terms is not None:
@@ -84,7 +86,7 @@ class Stepper:
         stand_ins: list[StandInWeights | None] = []
         for layer in range(self._weights.config.num_layers):
             own = sparse.get(layer)
-            mlps.append(self._dense_mlp(layer) if own is None else own.mlp)
+            mlps.append(self._whole_mlp(layer, self._skip_zeros) if own is None else own.mlp)
             stand_ins.append(None if own is None else own.stand_in)
         return Plan(mlps, stand_ins)
 
@@ -123,13 +125,14 @@ class Stepper:
         """Hidden states behind the final norm [N, d] -> logits [N, V] float32."""
         return linear(self._decoder.head, hidden)
 
-    def _dense_mlp(self, layer: int) -> PackedMlp:
-        if layer not in self._dense:
-            self._dense[layer] = self._pack_mlp(layer, None, self._arena)
-        return self._dense[layer]
+    def _whole_mlp(self, layer: int, by_neuron: bool) -> PackedMlp:
+        key = layer, by_neuron
+        if key not in self._whole:
+            self._whole[key] = self._pack_mlp(layer, None, self._arena, by_neuron)
+        return self._whole[key]
 
     def _pack_mlp(
-        self, layer: int, index: Tensor | None, arena: Arena, *, by_neuron: bool = False
+        self, layer: int, index: Tensor | None, arena: Arena, by_neuron: bool
     ) -> PackedMlp:
         weights = self._weights
         return pack_mlp(
@@ -139,7 +142,7 @@ class Stepper:
             gated=weights.config.gated,
             index=index,
             in_bias=weights.vector(f"layers.{layer}.mlp_in_bias"),
-            skip_zeros=self._skip_zeros or by_neuron,
+            skip_zeros=by_neuron,
             arena=arena,
         )
 
