@@ -52,7 +52,7 @@ def page(found: Mapping[str, Any], settings: str, name: str) -> str:
         "## What the chosen setting keeps, layer by layer",
         ", ".join(f"{keep:.2f}" for keep in found["chosen"]["keeps"]) + ".",
     ]
-    if found["chosen"]["actives"]:
+    if found["chosen"].get("actives"):
         parts.append("Of that is computed whole, about:")
         parts.append(", ".join(f"{part:.2f}" for part in found["chosen"]["actives"]) + ".")
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"

@@ -47,6 +47,28 @@ def found(text: str) -> dict[str, Any]:
     return {**record, "seconds": 0, "out": ""}
 
 
+def test_neurons_are_skipped_where_that_is_asked_for(
+    cli: Cli, model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    """And the settings file makes the other verbs skip them."""
+    out, page = tmp_path / "tuned.toml", tmp_path / "tuned.html"
+    asked = ("tune", "--model", model_dir, "--prompts", text, "--bytes", 0.7, *SMALL, "--jobs", 1)
+    done = cli(*asked, "--skipping", "--out", out, "--page", page, "--json")
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    assert any(one["actives"] for one in record["tried"])
+    chosen = record["chosen"]
+    assert min(chosen["actives"]) < 1
+    assert "computed" in page.read_text(encoding="utf-8")
+    run = cli("generate", "--config", out, "--prompt", "hi", "--max-new-tokens", 4, "--json")
+    answer = json.loads(run.out)
+    assert run.err == ""
+    assert answer["active"] < 1
+    assert answer["density"] == pytest.approx(sum(chosen["keeps"]) / len(chosen["keeps"]))
+    typed = cli("generate", "--config", out, "--active", 1, "--prompt", "hi", "--json")
+    assert json.loads(typed.out)["active"] == 1.0
+
+
 def test_a_byte_budget_becomes_a_settings_file(
     cli: Cli, model_dir: Path, text: Path, calibration: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from coreinfer.backends.hf.session import HfBackend, HfSession
 from coreinfer.backends.hf.worth import Step, steps_to, worth
 from coreinfer.core.measures import kl_by_token
 from coreinfer.recording import RecordingPlan
-from coreinfer.selectors import Impact, Selector, Stability
+from coreinfer.selectors import Impact, Random, Selector, Stability
 from coreinfer.standins import Linear, Mean, StandIn
 from tests.tiny import CONFIGS, tiny_backend
 
@@ -135,8 +135,23 @@ def test_layers_that_do_not_grow_have_none() -> None:
     (gains,) = worth(backend, PROMPTS, AFTER, NOW, [more], None).gains
     assert gains[0] is not None
     assert gains[1:] == [None, None]
-    with pytest.raises(ValueError, match="no way differs"):
-        worth(backend, PROMPTS, AFTER, NOW, [NOW], None)
+    assert worth(backend, PROMPTS, AFTER, NOW, [NOW], None).gains == [[None] * 3]
+
+
+def test_ways_to_neurons_that_do_not_contain_those_of_now_have_none() -> None:
+    backend = tiny_backend()
+    others = [Random(beta=0.5, seed=1), replace(NOW, dense_layers=())]
+    assert worth(backend, PROMPTS, AFTER, NOW, others, None).gains == [[None] * 3] * 2
+
+
+def test_layers_that_keep_all_are_not_copied_on_their_ways() -> None:
+    backend, now = tiny_backend(), replace(SKIPPING, beta=1.0)
+    _, steps = steps_of(backend, None, now, (replace(now, active=0.7),))
+    for layer, step in steps.items():
+        whole = backend.anatomy.layers[layer]
+        for part in (step.now, *step.ways.values()):
+            assert part.mlp.output.weight.data_ptr() == whole.output.weight.data_ptr()  # type: ignore[union-attr]
+            assert not part.mlp.inputs
 
 
 def test_nothing_of_it_stays_in_the_model() -> None:

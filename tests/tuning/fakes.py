@@ -36,7 +36,7 @@ def loss_of(candidate: Candidate) -> float:
     """KL of a candidate: a sum over layers, of what is dropped and of what is skipped, less with a
     linear stand-in of rank 16."""
     total = sum(w * (1 - keep) ** 2 for w, keep in zip(WORTH, candidate.keeps, strict=True))
-    rank = candidate.fit.get("rank", 0)
+    rank = candidate.effective.fit.get("rank", 0)
     skipped = sum(w * (1 - active) ** 2 for w, active in zip(OPEN, candidate.actives, strict=False))
     return RULES[candidate.selector] * (total + skipped) * (0.6 if rank >= 16 else 1.0)
 

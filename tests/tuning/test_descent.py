@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,19 @@ from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.tuning.candidate import Candidate
 from coreinfer.tuning.descent import descend
 from coreinfer.tuning.design import Design, Planner, Profile
-from tests.tuning.fakes import COST, LAYERS, NEURONS, OPEN, PRICES, WORTH, loss_of
+from coreinfer.tuning.goal import Goal
+from coreinfer.tuning.tuner import Tuner
+from tests.tuning.fakes import (
+    COST,
+    LAYERS,
+    NEURONS,
+    OPEN,
+    PRICES,
+    WORTH,
+    Formula,
+    loss_of,
+    objective,
+)
 
 LEVEL = LayerErrors((0.5, 1.0), torch.tensor([[0.25, 0.0]] * LAYERS).double())
 PLANNER = Planner(PRICES, LEVEL)
@@ -33,18 +44,18 @@ class Worths:
         self.generator = torch.Generator().manual_seed(0)
         self.noise = noise
 
-    def __call__(self, number: int, design: Design) -> Sequence[Sequence[float | None]]:
+    def __call__(self, number: int, design: Design) -> dict[str, list[float | None]]:
         assert number == len(self.asked)
         self.asked.append(design)
         factors = 1 + self.noise * torch.randn(LAYERS, generator=self.generator)
         keeps = candidate(design).keeps
         slopes = [2 * w * (1 - k) / NEURONS for w, k in zip(WORTH, keeps, strict=True)]
-        return [
-            [
+        return {
+            "weights": [
                 None if keep == 1.0 else slope * float(factor)
                 for slope, keep, factor in zip(slopes, keeps, factors, strict=True)
             ]
-        ]
+        }
 
 
 def least() -> float:
@@ -65,8 +76,8 @@ def test_errors_that_knew_nothing_are_put_right(noise: float) -> None:
 def test_the_best_budgets_stay() -> None:
     """Where a byte is worth the same in every layer, nothing moves."""
 
-    def same(_number: int, _design: Design) -> Sequence[Sequence[float | None]]:
-        return [[0.01] * LAYERS] * 2
+    def same(_number: int, _design: Design) -> dict[str, list[float]]:
+        return {"weights": [0.01] * LAYERS, "opened": [0.01] * LAYERS}
 
     found = descend(START, LAYERS, same, STEPS)
     assert candidate(found) == candidate(START)
@@ -92,7 +103,7 @@ def test_bytes_go_to_neurons_or_to_computing_more_of_them() -> None:
     """Where a byte buys most, whichever of the two that is, layer by layer."""
     start = replace(START, rule={"active": 0.5})
 
-    def worths(_number: int, design: Design) -> Sequence[Sequence[float | None]]:
+    def worths(_number: int, design: Design) -> dict[str, list[float | None]]:
         now = candidate(design)
         neuron = [COST.neuron(n, now.active(n)) * NEURONS for n in range(LAYERS)]
         kept = [2 * w * (1 - k) / size for w, k, size in zip(WORTH, now.keeps, neuron, strict=True)]
@@ -100,10 +111,10 @@ def test_bytes_go_to_neurons_or_to_computing_more_of_them() -> None:
             2 * w * (1 - now.active(n)) / (800 * NEURONS * now.keeps[n]) for n, w in enumerate(OPEN)
         ]
         dense = [keep == 1.0 for keep in now.keeps]
-        return [
-            [None if whole else value for whole, value in zip(dense, values, strict=True)]
-            for values in (kept, opened)
-        ]
+        return {
+            name: [None if whole else value for whole, value in zip(dense, values, strict=True)]
+            for name, values in {"weights": kept, "opened": opened}.items()
+        }
 
     before, after = candidate(start), candidate(descend(start, LAYERS, worths, 80))
     assert loss_of(after) < 0.5 * loss_of(before)
@@ -113,8 +124,26 @@ def test_bytes_go_to_neurons_or_to_computing_more_of_them() -> None:
     assert min(after.active(6), after.active(7)) > 0.8 > 0.2 > after.active(1)
 
 
+@pytest.mark.parametrize("rank", [0, 4, 8, 15])
+def test_what_keeps_all_is_weighed_with_the_stand_in_that_it_then_needs(rank: int) -> None:
+    """Which reads as much as many neurons do."""
+    stand_in, fit = ("linear", {"rank": rank}) if rank else ("none", {})
+    start = Design("impact", {"active": 0.5}, stand_in, fit)
+    tuner = Tuner(Goal.of_bytes(0.7), PLANNER, objective(Formula()))
+    before = PLANNER.candidate(start, 0.7)
+    assert set(before.keeps) == {1.0}
+    after = PLANNER.candidate(tuner.descended(start, 0.7, STEPS), 0.7)
+    assert loss_of(after) < 0.75 * loss_of(before)
+
+
 def test_what_cannot_be_weighed_is_left() -> None:
     assert descend(START, LAYERS, lambda _number, _design: None, STEPS) == START
-    assert descend(START, LAYERS, lambda _number, _design: [[None] * LAYERS], STEPS) == START
-    assert descend(START, LAYERS, lambda _number, _design: [[-0.1] * LAYERS], STEPS) == START
+    assert (
+        descend(START, LAYERS, lambda _number, _design: {"weights": [None] * LAYERS}, STEPS)
+        == START
+    )
+    assert (
+        descend(START, LAYERS, lambda _number, _design: {"weights": [-0.1] * LAYERS}, STEPS)
+        == START
+    )
     assert descend(START, LAYERS, Worths(), 0) == START

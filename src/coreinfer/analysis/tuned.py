@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from coreinfer.analysis.page import page
@@ -20,11 +20,13 @@ LOSS = {
 METHOD = (
     "First every rule with every stand-in, one keep for all layers; then what Optuna asks for "
     "after their results: rule, stand-in, their options and the profile of the budgets by layer, "
-    "where layers that lose more alone get more. Of the best, bytes are moved between groups of "
-    "layers as long as the measured loss falls. All of this on some of the prompts; the others are "
-    "reported on. Beside what was chosen stand, at its bytes, the best setting with one keep for "
-    "all layers, and the same with the first and last layers dense. Bytes are those of the MLPs' "
-    "weights that decoding reads a token, the stand-in among them, relative to dense decoding."
+    "where layers that lose more alone get more. Of the best, bytes are moved to the layers where "
+    "they are worth most, all layers being sparse. All of this on some of the prompts; the others "
+    "are reported on. Beside what was chosen stand, at its bytes, the best setting with one keep "
+    "for all layers, the best of which neurons are skipped where that was searched and does "
+    "better, and the better of them with the first and last layers dense. Bytes are those of the "
+    "MLPs' weights that decoding reads a token, the stand-in among them, relative to dense "
+    "decoding."
 )
 
 
@@ -36,7 +38,9 @@ def write_page(path: str | Path, outcome: Outcome, model: str, about: Mapping[st
 
 
 def section(outcome: Outcome, model: str) -> Section:
-    goal, label = outcome.goal, LOSS[outcome.goal.metric]
+    goal, loss = outcome.goal, LOSS[outcome.goal.metric]
+    points = {"chosen": outcome.chosen, **outcome.rivals}
+    compared = {name: point.candidate for name, point in points.items()}
     tried = Table.of(
         "tried",
         f"All {len(outcome.tried)} settings on the prompts to search with; lower and further left "
@@ -53,15 +57,16 @@ def section(outcome: Outcome, model: str) -> Section:
             if point.report is not None and kind not in ("tried", "one keep")
         ],
     )
-    keeps = Table.of(
-        "keeps",
-        "What each layer keeps of its neurons.",
-        [
-            {"layer": layer, "setting": name, "keep": keep}
-            for name, point in {"chosen": outcome.chosen, **outcome.rivals}.items()
-            for layer, keep in enumerate(point.candidate.keeps)
-        ],
-    )
+    keeps = {name: one.keeps for name, one in compared.items()}
+    by_layer = {"keep": _by_layer("keep", "What each layer keeps of its neurons.", keeps)}
+    if any(one.actives for one in compared.values()):
+        computed = {
+            name: tuple(keep * one.active(layer) for layer, keep in enumerate(one.keeps))
+            for name, one in compared.items()
+        }
+        by_layer["computed"] = _by_layer(
+            "computed", "What a token computes whole of all neurons of a layer.", computed
+        )
     limit = None if goal.limit is None else (str(goal), goal.limit)
     x = "share of the MLPs' bytes"
     return Section(
@@ -72,16 +77,28 @@ def section(outcome: Outcome, model: str) -> Section:
         findings=tuple(findings(outcome)),
         figures=(
             Figure(tried, Chart("scatter", x="mlp share", y="loss", series="kind", x_label=x,
-                                y_label=label, log_y=True, reference=limit,
+                                y_label=loss, log_y=True, reference=limit,
                                 emphasis="chosen")),
             Figure(reported, Chart("lines", x="mlp share", y="loss", series="kind", low="low",
-                                   high="high", x_label=x, y_label=label, reference=limit)),
-            Figure(keeps, Chart("lines", x="layer", y="keep", series="setting",
-                                y_label="share of the neurons kept")),
+                                   high="high", x_label=x, y_label=loss, reference=limit)),
+            *(
+                Figure(table, Chart("lines", x="layer", y=y, series="setting",
+                                    y_label="share of the neurons"))
+                for y, table in by_layer.items()
+            ),
         ),
         settings={f"{part} prompts": count for part, count in outcome.prompts.items()},
         seconds=outcome.seconds,
     )  # fmt: skip
+
+
+def _by_layer(what: str, caption: str, shares: Mapping[str, Sequence[float]]) -> Table:
+    rows: list[dict[str, Cell]] = [
+        {"layer": layer, "setting": name, what: share}
+        for name, of_one in shares.items()
+        for layer, share in enumerate(of_one)
+    ]
+    return Table.of(f"{what} by layer", caption, rows)
 
 
 def findings(outcome: Outcome) -> Iterator[str]:

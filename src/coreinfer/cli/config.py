@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from coreinfer.errors import UserError, meant
@@ -15,13 +16,17 @@ else:
     import tomli as tomllib
 
 
+# Options of single layers, by those of all.
+BY_LAYER = MappingProxyType({"--budgets": ("--beta", "--gamma"), "--active-budgets": ("--active",)})
+
+
 def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """Put the settings of the file that `--config` names right after the verb.
 
     A key is the name of a long option, with - or _; lists stand for comma-separated values (or for
     an option given several times, where it may be), a table for `key=value` pairs. What is typed
-    comes later and so wins. A setting of another verb is left out, so that one file can serve them
-    all.
+    comes later and so wins; an option for all layers wins over the file's budgets of single ones. A
+    setting of another verb is left out, so that one file can serve them all.
 
     Raises:
         UserError: if the file is missing or no TOML, or a key is no option of any verb.
@@ -36,12 +41,18 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
     settings: list[str] = []
     for key, value in _read(path).items():
         option = f"--{key.replace('_', '-')}"
+        if _is_typed(BY_LAYER.get(option, ()), argv):
+            continue
         if option not in known:
             hint = meant(key, sorted(one.removeprefix("--") for one in known))
             raise UserError(f"{path!r}: {key!r} is no setting; {hint}".rstrip("; "))
         if option in mine:
             settings += _as_arguments(mine[option], option, value)
     return [argv[0], *settings, *argv[1:]]
+
+
+def _is_typed(options: Sequence[str], argv: Sequence[str]) -> bool:
+    return any(argument.split("=")[0] in options for argument in argv)
 
 
 def _verbs(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:

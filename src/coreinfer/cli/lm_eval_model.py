@@ -79,9 +79,9 @@ def _as_arguments(given: Mapping[str, Any]) -> list[str]:
     arguments = []
     for name, value in given.items():
         option = "--model" if name == "pretrained" else f"--{name.replace('_', '-')}"
-        if value in (True, "True", "true"):
+        if str(value) in ("True", "true"):
             arguments.append(option)
-        elif value in (False, "False", "false") or (value is None and name != "stand_in"):
+        elif str(value) in ("False", "false") or (value is None and name != "stand_in"):
             continue
         else:
             text = "none" if value is None else str(value)

@@ -143,7 +143,13 @@ class Selector(ABC):
             UserError: for layers outside the model, budgets that keep nothing, or stores made for
                 another model.
         """
-        last = len(num_neurons) - 1
+        self.check_layers(len(num_neurons))
+        for layer, size in enumerate(num_neurons):
+            if layer not in self.dense_layers:
+                neuron_budget(self.budgets.get(layer, self.default_keep), size)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises UserError for a layer outside the model."""
         named: dict[str, Iterable[int]] = {
             "dense layer": self.dense_layers,
             "budget layer": self.budgets,
@@ -151,11 +157,10 @@ class Selector(ABC):
         }
         for what, layers in named.items():
             for layer in layers:
-                if not 0 <= layer <= last:
-                    raise UserError(f"{what} {layer} is outside the model, which has 0 to {last}")
-        for layer, size in enumerate(num_neurons):
-            if layer not in self.dense_layers:
-                neuron_budget(self.budgets.get(layer, self.default_keep), size)
+                if not 0 <= layer < num_layers:
+                    raise UserError(
+                        f"{what} {layer} is outside the model, which has 0 to {num_layers - 1}"
+                    )
 
     def select(self, evidence: Evidence) -> Selection:
         """The core neurons of a prompt: exactly K = round(keep * D) a sparse layer."""

@@ -23,6 +23,7 @@ class Fixed(Selector):
 
     def check(self, num_neurons: Sequence[int], fingerprint: str, model: str) -> None:
         self.core_set.require_model(fingerprint, model)
+        self.check_layers(len(num_neurons))
 
     def choose(
         self, layer: int, statistics: LayerStatistics, column_norms: Callable[[int], Tensor]

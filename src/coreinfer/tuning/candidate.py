@@ -15,8 +15,6 @@ from coreinfer.selectors import SELECTORS, Selector
 from coreinfer.semantics.store import ClusterStore
 from coreinfer.standins import STAND_INS, StandIn
 
-MOST_ACTIVE = 0.999  # where neurons are skipped
-
 _OPEN: Mapping[str, Any] = {"clusters": ClusterStore.load, "calibration": CalibrationStore.load}
 
 
@@ -108,15 +106,23 @@ class Candidate:
         words += [one.stand_in, *(f"{name} {value:g}" for name, value in one.fit.items())]
         return " ".join(word.replace("_", " ") for word in words)
 
-    def widened(self, by: float, num_neurons: Sequence[int]) -> Candidate:
+    def widened(
+        self, by: float, num_neurons: Sequence[int], stand_in: Sequence[float] = ()
+    ) -> Candidate:
         """With so much more kept in each layer that is not dense, but never all of it; where all
-        is kept already, so much less."""
+        is kept already, so much less to read.
+
+        Args:
+            by: a fraction of a layer's neurons.
+            num_neurons: D of each layer.
+            stand_in: the fraction of its neurons that reads as much as its stand-in; none if empty.
+        """
         keeps = []
         for layer, (keep, neurons) in enumerate(zip(self.keeps, num_neurons, strict=True)):
             if keep < 1.0:
                 keep = max(keep, min(keep + by, 1 - 1 / neurons))
             elif self.active(layer) < 1.0:
-                keep = max(1.0 - by, 1 / neurons)
+                keep = max(1.0 - by - (stand_in[layer] if stand_in else 0.0), 1 / neurons)
             keeps.append(keep)
         return replace(self, keeps=tuple(keeps))
 
@@ -124,9 +130,10 @@ class Candidate:
         """The fraction of a layer's core neurons that a token computes whole."""
         return self.actives[layer] if self.actives else 1.0
 
-    def opened(self, by: float) -> Candidate:
-        """With so much more active in each layer where neurons are skipped, but never all."""
-        actives = tuple(a if a == 1.0 else max(a, min(a + by, MOST_ACTIVE)) for a in self.actives)
+    def opened(self, by: float, most: float) -> Candidate:
+        """With so much more active in each layer where neurons are skipped, but no more than
+        `most`."""
+        actives = tuple(a if a == 1.0 else max(a, min(a + by, most)) for a in self.actives)
         return replace(self, actives=actives)
 
     def setting(self, stores: Stores) -> Setting:

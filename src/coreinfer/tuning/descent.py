@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 from coreinfer.tuning.design import Design
 
@@ -12,9 +13,9 @@ RATE = 0.2  # of the first step, in log-weight; it falls to nothing, so that the
 MEMORY = 0.8  # of what earlier prompts said
 
 # (number of the step, design) -> what a byte more is worth in each layer, None where that is not
-# known: a byte of further neurons, and one of computing more of them whole. None where the design
-# is not affordable.
-Worths = Callable[[int, Design], Sequence[Sequence[float | None]] | None]
+# known, by the weights of the profile that move such bytes: "weights" for further neurons, "opened"
+# for computing more of them whole. None where the design is not affordable.
+Worths = Callable[[int, Design], Mapping[str, Sequence[float | None]] | None]
 
 
 def descend(design: Design, layers: int, worths: Worths, steps: int) -> Design:
@@ -32,28 +33,31 @@ def descend(design: Design, layers: int, worths: Worths, steps: int) -> Design:
         worths: measured on other prompts at each step.
         steps: how many, from 0.
     """
-    known: dict[tuple[int, int], float] = {}
+    known: dict[tuple[str, int], float] = {}
     affordable = design
     for number in range(steps):
         found = worths(number, design)
         if found is None:
             return affordable
         affordable = design
-        for kind, of_kind in enumerate(found):
-            for layer, value in enumerate(of_kind):
+        for name, values in found.items():
+            for layer, value in enumerate(values):
                 if value is None:
-                    known.pop((kind, layer), None)
+                    known.pop((name, layer), None)
                 else:
-                    before = known.get((kind, layer), value)
-                    known[kind, layer] = MEMORY * before + (1 - MEMORY) * value
+                    before = known.get((name, layer), value)
+                    known[name, layer] = MEMORY * before + (1 - MEMORY) * value
         mean = fmean(known.values()) if known else 0.0
         if mean <= 0:  # nothing to be gained: the prompts are all but dense already
             continue
         rate = RATE * (1 - number / steps)
-        profile, nothing = design.profile, (0.0,) * layers
-        weights = [list(profile.weights or nothing), list(profile.opened or nothing)]
-        for (kind, layer), value in known.items():
-            weights[kind][layer] += rate * min(max(value / mean - 1, -1.0), 1.0)
-        kept, opened = (tuple(one) if any(one) else () for one in weights)
-        design = replace(design, profile=replace(profile, weights=kept, opened=opened))
+        weights = {
+            name: list(getattr(design.profile, name) or (0.0,) * layers) for name, _ in known
+        }
+        for (name, layer), value in known.items():
+            weights[name][layer] += rate * min(max(value / mean - 1, -1.0), 1.0)
+        made: dict[str, Any] = {
+            name: tuple(one) if any(one) else () for name, one in weights.items()
+        }
+        design = replace(design, profile=replace(design.profile, **made))
     return design

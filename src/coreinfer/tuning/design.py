@@ -11,11 +11,11 @@ from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.errors import UserError
 from coreinfer.tuning.budgets import Curve, allocate
 from coreinfer.tuning.candidate import Candidate
-from coreinfer.tuning.prices import Prices
+from coreinfer.tuning.prices import MOST_ACTIVE, Prices
 
 DIGITS = 6  # of a keep: enough for round(keep * D) to be the number of neurons that was meant
 MOST_CLOSED = 0.9  # of a layer's core neurons that a token may skip
-LEAST_CLOSED = 0.02  # below which it skips none
+LEAST_CLOSED = 1 - MOST_ACTIVE  # below which it skips none
 ACTIVE_DIGITS = 3
 MOST_OPENED = 5.0  # a log-weight: then next to nothing is skipped
 HALVINGS = 24  # to find one that spends the bytes
@@ -34,7 +34,8 @@ class Profile:
     Attributes:
         first, last: so many layers at the beginning and at the end stay dense.
         spread: how far the measured errors are followed, from 0.
-        slope, bend: log-weight along the depth: slope * x + bend * (x^2 - 1/3), x from -1 to 1.
+        slope, bend: log-weight along the depth, of what is dropped and of what is skipped:
+            slope * x + bend * (x^2 - 1/3), x from -1 to 1.
         weights: further log-weights of what is dropped, a layer each; empty for none.
         opened: further log-weights of what is skipped, a layer each; empty for none. A layer's
             1 - active is what the rule says, by exp(its weight).
@@ -50,7 +51,7 @@ class Profile:
 
     @property
     def is_level(self) -> bool:
-        """Whether all layers that are not dense keep the same fraction."""
+        """Whether all layers that are not dense keep the same fraction, and skip the same."""
         own = any(self.weights) or any(self.opened)
         return not (self.spread or self.slope or self.bend or own)
 
@@ -247,7 +248,8 @@ def _topped_up(kept: dict[int, int], costs: Mapping[int, Cost], budget: float) -
     """With the neurons that rounding down has left over, one a layer at most."""
     left = budget - sum(costs[layer].of(neurons) for layer, neurons in kept.items())
     for layer, neurons in kept.items():
-        if neurons + 1 < costs[layer].neurons and costs[layer].neuron <= left:
+        cost = costs[layer]
+        if cost.kept(neurons + 1) == neurons + 1 < cost.neurons and cost.neuron <= left:
             kept[layer] = neurons + 1
-            left -= costs[layer].neuron
+            left -= cost.neuron
     return kept

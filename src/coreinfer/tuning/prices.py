@@ -20,6 +20,7 @@ from coreinfer.tuning.candidate import Candidate
 # not to be exceeded.
 MORE_ACTIVE = 1.03
 LEAST_SKIPPED = 1 - 1e-6  # where thresholds are read at all
+MOST_ACTIVE = 1 / MORE_ACTIVE  # that is worth planning for: then all of them may be
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ class Prices:
         if name == "none":
             return 0
         return self.offset + self.direction * int(fit.get("rank", 0))
+
+    def wider(self, candidate: Candidate, by: float) -> Candidate:
+        """The candidate with so much more kept in each layer, a fraction of its neurons; where all
+        is kept already, with so much less to read, a stand-in among it."""
+        stand_in, sizes = self.stand_in(candidate.stand_in, candidate.fit), self.cost.num_neurons
+        paid = [
+            stand_in / (self.neuron(layer, candidate.active(layer)) * size)
+            for layer, size in enumerate(sizes)
+        ]
+        return candidate.widened(by, sizes, paid)
 
     def read(self, candidate: Candidate) -> list[int]:
         """Each layer of a candidate."""

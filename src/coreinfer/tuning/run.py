@@ -110,7 +110,7 @@ def tune(
     finalists = [point.design for point in _of_different_designs([chosen, *kept], FINALISTS)]
     start = tuner.best_of([*finalists, *_single_designs(tuner).values()], share)
     design = tuner.best_of([start, tuner.descended(start, share, effort.steps)], share)
-    (found,) = tuner.points([(design, share)], FINAL if design == start else DESCENT)
+    found = tuner.point_within(design, share, FINAL if design == start else DESCENT)
     if found is not None and (goal.limit is not None or tuner.within([found])):
         chosen = found
     if goal.limit is not None and tuner.within([chosen]):
@@ -168,8 +168,11 @@ def _outcome(
 def _rivals(tuner: Tuner, chosen: Point) -> dict[str, Point]:
     """What the chosen point is to be compared with, at its bytes."""
     made = _single_designs(tuner)
-    found = tuner.points([(design, chosen.asked) for design in made.values()], "other bytes")
-    return {name: point for name, point in zip(made, found, strict=True) if point is not None}
+    found = {
+        name: tuner.point_within(design, chosen.asked, "other bytes")
+        for name, design in made.items()
+    }
+    return {name: point for name, point in found.items() if point is not None}
 
 
 def _single_designs(tuner: Tuner) -> dict[str, Design]:

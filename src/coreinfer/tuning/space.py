@@ -117,7 +117,11 @@ class Space:
 
     def level(self) -> Iterator[dict[str, Any]]:
         """Parameters of every rule with every stand-in, as they are by default, one keep for all
-        layers: the single global settings that a search begins with, and is measured by."""
+        layers: the single global settings that a search begins with, and is measured by. Before
+        them, where neurons may be skipped, of one that skips them."""
+        if self.skips:
+            rule = self.rules[-1]
+            yield {**self._parameters(rule, "none", Profile()), f"{rule}.active": ACTIVE[-1]}
         for rule in self.rules:
             for stand_in in self.stand_ins:
                 yield self._parameters(rule, stand_in, Profile())

@@ -15,6 +15,7 @@ from coreinfer.tuning.descent import descend
 from coreinfer.tuning.design import Design, Planner
 from coreinfer.tuning.goal import Goal
 from coreinfer.tuning.objective import Objective
+from coreinfer.tuning.prices import MOST_ACTIVE
 from coreinfer.tuning.result import Point
 from coreinfer.tuning.space import LEAST_SHARE
 
@@ -85,19 +86,20 @@ class Tuner:
         """With the budgets that a byte is worth the same in, at this share of bytes."""
         prices = self.planner.prices
 
-        def worths(number: int, design: Design) -> list[list[float | None]] | None:
+        def worths(number: int, design: Design) -> dict[str, list[float | None]] | None:
             now = self._candidate(design, share)
             if now is None:
                 return None
-            ways = [now.widened(WIDER, prices.cost.num_neurons), now.opened(WIDER)]
-            if all(way == now for way in ways):  # no layer has anything left to read
+            both = {"weights": prices.wider(now, WIDER), "opened": now.opened(WIDER, MOST_ACTIVE)}
+            ways = {name: way for name, way in both.items() if way != now}
+            if not ways:  # no layer has anything left to read
                 return None
-            gains = self.objective.worth(DESCENT, number, now, ways)
+            gains = self.objective.worth(DESCENT, number, now, list(ways.values()))
             bar.update()
-            return [
-                _by_byte(of_way, prices.read(now), prices.read(way))
-                for of_way, way in zip(gains, ways, strict=True)
-            ]
+            return {
+                name: _by_byte(of_way, prices.read(now), prices.read(way))
+                for (name, way), of_way in zip(ways.items(), gains, strict=True)
+            }
 
         with tqdm(total=steps, desc=DESCENT, leave=False, unit="step", disable=None) as bar:
             return descend(design, self.planner.num_layers, worths, steps)
@@ -106,7 +108,10 @@ class Tuner:
         """The design of least loss on more prompts than it was found with, at this share of bytes;
         the first where the bytes pay for none."""
         made = [(design, self._effective(design, share)) for design in designs]
-        known = {one.key: (one, design) for design, one in made if one is not None}
+        known: dict[str, tuple[Candidate, Design]] = {}
+        for design, one in made:
+            if one is not None:
+                known.setdefault(one.key, (one, design))
         if len(known) < 2:
             return designs[0]
         candidates = [candidate for candidate, _ in known.values()]
@@ -115,6 +120,15 @@ class Tuner:
         losses = [self.goal.loss(quality, dense).mean for quality in found]
         _, best = list(known.values())[losses.index(min(losses))]
         return best
+
+    def point_within(self, design: Design, share: float, stage: str) -> Point | None:
+        """The design at what reads no more than this share of bytes, which is known afterwards
+        where core neurons are skipped; None where they do not pay for it."""
+        (point,) = self.points([(design, share)], stage)
+        if point is None or point.share <= share + ROUNDING:
+            return point
+        (less,) = self.points([(design, round(share * share / point.share, 4))], stage)
+        return less
 
     def reported(self, points: Sequence[Point]) -> list[Point]:
         """The same points with what they are on the prompts to report on."""

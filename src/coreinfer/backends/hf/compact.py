@@ -109,7 +109,7 @@ def compact_mlp(
     terms: Sequence[StandInTerms] | None,
     least: Sequence[Tensor] | None = None,
 ) -> CompactMlp:
-    """Gather the weights of the kept neurons, one copy a group; of one group that keeps all, none.
+    """Gather the weights of the kept neurons, one copy a group; no copy where all are kept.
 
     Args:
         layer: the full layer.
@@ -119,13 +119,18 @@ def compact_mlp(
         least: for each group the least activation of each kept neuron that counts, [K], or None.
     """
     device = layer.output.weight.device
+    skip = None
+    if least is not None:
+        skip = Skip(layer, torch.stack([one.to(device) for one in least]))
     kept = [index.long().to(device) for index in kept]
     size = layer.num_neurons
-    whole = len(kept) == 1 and kept[0].numel() == size
+    if terms is None and kept[0].numel() == size:
+        *inputs, output = (
+            SmallLinear(one.weight, one.bias) for one in (*layer.inputs, layer.output)
+        )
+        return CompactMlp(tuple(inputs), output, skip=skip)
 
     def rows(linear: Linear) -> SmallLinear | GroupedLinear:
-        if whole:
-            return SmallLinear(linear.weight, linear.bias)
         picks = [torch.cat([i, size + i]) if layer.fused else i for i in kept]
         bias = linear.bias
         return _linear(
@@ -146,14 +151,10 @@ def compact_mlp(
             lefts = [F.pad(part, (0, rank - part.shape[1])) for part in lefts]
             rights = [F.pad(part, (0, 0, 0, rank - part.shape[0])) for part in rights]
             left, right = _linear(lefts, None), _linear(rights, None)
-    down = [layer.output.weight]
-    if not whole:
-        down = [layer.output.weight.index_select(1, i).contiguous() for i in kept]
-    inputs = tuple(rows(linear) for linear in layer.inputs)
-    skip = None
-    if least is not None:
-        skip = Skip(layer, torch.stack([one.to(device) for one in least]))
-    return CompactMlp(inputs, _linear(down, biases), left, right, skip)
+    down = [layer.output.weight.index_select(1, i).contiguous() for i in kept]
+    return CompactMlp(
+        tuple(rows(linear) for linear in layer.inputs), _linear(down, biases), left, right, skip
+    )
 
 
 def _linear(

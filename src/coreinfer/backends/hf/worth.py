@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ class Worth:
     Attributes:
         loss: KL(dense || sparse) of the next-token distributions, nats a token.
         gains: of each way, of each layer, by how much that falls on the whole way, to first order;
-            None where the layer is the same at both ends, or dense at one.
+            None where the layer is the same at both ends, or dense at one, or neither end has all
+            neurons of the other.
     """
 
     loss: float
@@ -111,14 +112,13 @@ def worth(
     read = backend.start(RecordingPlan.of(now, stand_in))
     read.prefill(prompts, texts)
     steps = steps_to(read, now, ways, stand_in)
-    if not steps:
-        raise ValueError("no way differs in any layer")
-    loss = continuation_loss(read, {**read.compact, **steps}, continuations)
-    slopes = torch.autograd.grad(loss, [step.gates for step in steps.values()])
     gains: list[list[float | None]] = [[None] * len(backend.anatomy.layers) for _ in ways]
-    for (layer, step), slope in zip(steps.items(), slopes, strict=True):
-        for way in step.ways:
-            gains[way][layer] = -float(slope[way])
+    loss = continuation_loss(read, {**read.compact, **steps}, continuations)
+    if steps:
+        slopes = torch.autograd.grad(loss, [step.gates for step in steps.values()])
+        for (layer, step), slope in zip(steps.items(), slopes, strict=True):
+            for way in step.ways:
+                gains[way][layer] = -float(slope[way])
     return Worth(float(loss.detach()), gains)
 
 
@@ -127,11 +127,11 @@ def steps_to(
 ) -> dict[int, Step]:
     """The ways of each layer that differs on one of them.
 
+    Where a rule's order of neurons itself depends on how many are kept, the neurons of one way may
+    not contain those of another; such a way is left out.
+
     Args:
         read: a session after its prefill; `now` is selected in it.
-
-    Raises:
-        ValueError: if a layer keeps more neurons on one way, but not all those of another.
     """
     forks = [read.fork() for _ in ways]
     places = [[choice.core_set.layers for choice in read.select(now, stand_in)]]
@@ -144,25 +144,31 @@ def steps_to(
         mlps = [session.compact[layer] for session in (read, *forks)]
         kept = [[row[layer].long() for row in rows] for rows in places]
         widest = max(range(len(mlps)), key=lambda one: mlps[one].num_neurons)
-        parts = [
-            Part(mlp, _places(rows, kept[widest]).to(mlp.output.weight.device))
-            for mlp, rows in zip(mlps, kept, strict=True)
-        ]
+        if not _within(kept[0], kept[widest]):
+            continue
         others = {
-            place: part
-            for place, (part, way) in enumerate(zip(parts[1:], ways, strict=True))
-            if part.mlp.num_neurons != mlps[0].num_neurons
-            or way.active_in(layer) != now.active_in(layer)
+            place: _part(mlps[place + 1], kept[place + 1], kept[widest])
+            for place, way in enumerate(ways)
+            if (
+                mlps[place + 1].num_neurons != mlps[0].num_neurons
+                or way.active_in(layer) != now.active_in(layer)
+            )
+            and _within(kept[place + 1], kept[widest])
         }
         if others:
             gates = torch.zeros(len(ways), requires_grad=True)
-            steps[layer] = Step(parts[0], others, mlps[widest].inputs, gates)
+            begin = _part(mlps[0], kept[0], kept[widest])
+            steps[layer] = Step(begin, others, mlps[widest].inputs, gates)
     return steps
 
 
-def _places(kept: Sequence[Tensor], of_all: Sequence[Tensor]) -> Tensor:
-    """Where neurons are among those of a larger set, [G, K] of G sets."""
-    pairs = list(zip(kept, of_all, strict=True))
-    if any(not torch.isin(own, larger).all() for own, larger in pairs):
-        raise ValueError("core sets that do not contain each other")
-    return torch.stack([torch.searchsorted(larger, own) for own, larger in pairs])
+def _within(kept: Sequence[Tensor], of_all: Sequence[Tensor]) -> bool:
+    pairs = zip(kept, of_all, strict=True)
+    return all(bool(torch.isin(own, larger).all()) for own, larger in pairs)
+
+
+def _part(mlp: CompactMlp, kept: Sequence[Tensor], of_all: Sequence[Tensor]) -> Part:
+    """Of a layer that has its neurons and more: its own inputs are then of no use."""
+    pairs = zip(kept, of_all, strict=True)
+    places = torch.stack([torch.searchsorted(larger, own) for own, larger in pairs])
+    return Part(replace(mlp, inputs=()), places.to(mlp.output.weight.device))
