@@ -191,8 +191,8 @@ def test_what_keeps_all_and_skips_some_is_narrowed_and_not_dense() -> None:
     assert candidate.dense_layers == (1,)
     assert candidate.widened(0.1, (20, 20, 20)).keeps == (0.9, 1.0, 0.6)
     assert candidate.widened(0.1, (20, 20, 20), (0.2, 0.2, 0.2)).keeps == (0.7, 1.0, 0.6)
-    assert candidate.opened(0.1, 0.97).actives == (0.6, 1.0, 0.998)
-    assert candidate.opened(0.5, 0.97).actives == (0.97, 1.0, 0.998)
+    assert candidate.more_active(0.1, 0.97).actives == (0.6, 1.0, 0.998)
+    assert candidate.more_active(0.5, 0.97).actives == (0.97, 1.0, 0.998)
     assert candidate.options(Stores()) == {
         "selector": "impact",
         "stand-in": "none",

@@ -77,7 +77,7 @@ def test_the_best_budgets_stay() -> None:
     """Where a byte is worth the same in every layer, nothing moves."""
 
     def same(_number: int, _design: Design) -> dict[str, list[float]]:
-        return {"weights": [0.01] * LAYERS, "opened": [0.01] * LAYERS}
+        return {"weights": [0.01] * LAYERS, "active_weights": [0.01] * LAYERS}
 
     found = descend(START, LAYERS, same, STEPS)
     assert candidate(found) == candidate(START)
@@ -113,7 +113,7 @@ def test_bytes_go_to_neurons_or_to_computing_more_of_them() -> None:
         dense = [keep == 1.0 for keep in now.keeps]
         return {
             name: [None if whole else value for whole, value in zip(dense, values, strict=True)]
-            for name, values in {"weights": kept, "opened": opened}.items()
+            for name, values in {"weights": kept, "active_weights": opened}.items()
         }
 
     before, after = candidate(start), candidate(descend(start, LAYERS, worths, 80))

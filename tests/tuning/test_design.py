@@ -42,7 +42,7 @@ def read(planner: Planner, candidate: Candidate) -> int:
     return total
 
 
-opened = st.lists(st.floats(-3, 3), min_size=7, max_size=7).map(tuple)
+active_weights = st.lists(st.floats(-3, 3), min_size=7, max_size=7).map(tuple)
 profiles = st.builds(
     Profile,
     first=st.integers(0, 2),
@@ -50,7 +50,7 @@ profiles = st.builds(
     spread=st.floats(0, 1.5),
     slope=st.floats(-2, 2),
     bend=st.floats(-2, 2),
-    opened=st.one_of(st.just(()), opened),
+    active_weights=st.one_of(st.just(()), active_weights),
 )
 rows = st.lists(st.tuples(st.integers(20, 90), st.floats(0, 10)), min_size=3, max_size=7)
 # Of neurons as small as the least, and of some that skipping spares more than it costs.

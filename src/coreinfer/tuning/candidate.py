@@ -130,7 +130,7 @@ class Candidate:
         """The fraction of a layer's core neurons that a token computes whole."""
         return self.actives[layer] if self.actives else 1.0
 
-    def opened(self, by: float, most: float) -> Candidate:
+    def more_active(self, by: float, most: float) -> Candidate:
         """With so much more active in each layer where neurons are skipped, but no more than
         `most`."""
         actives = tuple(a if a == 1.0 else max(a, min(a + by, most)) for a in self.actives)

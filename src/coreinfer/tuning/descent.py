@@ -13,8 +13,8 @@ RATE = 0.2  # of the first step, in log-weight; it falls to nothing, so that the
 MEMORY = 0.8  # of what earlier prompts said
 
 # (number of the step, design) -> what a byte more is worth in each layer, None where that is not
-# known, by the weights of the profile that move such bytes: "weights" for further neurons, "opened"
-# for computing more of them whole. None where the design is not affordable.
+# known, by the weights of the profile that move such bytes: "weights" for further neurons,
+# "active_weights" for computing more of them whole. None where the design is not affordable.
 Worths = Callable[[int, Design], Mapping[str, Sequence[float | None]] | None]
 
 

@@ -17,7 +17,7 @@ DIGITS = 6  # of a keep: enough for round(keep * D) to be the number of neurons 
 MOST_CLOSED = 0.9  # of a layer's core neurons that a token may skip
 LEAST_CLOSED = 1 - MOST_ACTIVE  # below which it skips none
 ACTIVE_DIGITS = 3
-MOST_OPENED = 5.0  # a log-weight: then next to nothing is skipped
+MOST_MORE = 5.0  # a log-weight: then next to nothing is skipped
 HALVINGS = 24  # to find one that spends the bytes
 FINENESS = 32  # pieces of an error curve between two measured keeps
 
@@ -37,7 +37,7 @@ class Profile:
         slope, bend: log-weight along the depth, of what is dropped and of what is skipped:
             slope * x + bend * (x^2 - 1/3), x from -1 to 1.
         weights: further log-weights of what is dropped, a layer each; empty for none.
-        opened: further log-weights of what is skipped, a layer each; empty for none. A layer's
+        active_weights: further log-weights of what is skipped, a layer each; empty for none. A layer's
             1 - active is what the rule says, by exp(its weight).
     """
 
@@ -47,25 +47,26 @@ class Profile:
     slope: float = 0.0
     bend: float = 0.0
     weights: tuple[float, ...] = ()
-    opened: tuple[float, ...] = ()
+    active_weights: tuple[float, ...] = ()
 
     @property
     def is_level(self) -> bool:
         """Whether all layers that are not dense keep the same fraction, and skip the same."""
-        own = any(self.weights) or any(self.opened)
+        own = any(self.weights) or any(self.active_weights)
         return not (self.spread or self.slope or self.bend or own)
 
     def weight(self, layer: int, layers: int) -> float:
         """Of what a layer drops."""
         return self._by_depth(layer, layers) + (self.weights[layer] if self.weights else 0.0)
 
-    def active(self, layer: int, layers: int, of_all: float, opened: float = 0.0) -> float:
+    def active(self, layer: int, layers: int, of_all: float, more: float = 0.0) -> float:
         """The fraction of the core neurons of a layer that are active, where it is `of_all` in a
-        layer of weight 0; `opened` is a weight that is added in all."""
-        weight = self._by_depth(layer, layers) + (self.opened[layer] if self.opened else 0.0)
-        if weight + opened == 0:
+        layer of weight 0; `more` is added to the weights of all."""
+        own = self.active_weights[layer] if self.active_weights else 0.0
+        weight = self._by_depth(layer, layers) + own + more
+        if weight == 0:
             return of_all
-        closed = min((1 - of_all) * exp(-weight - opened), MOST_CLOSED)
+        closed = min((1 - of_all) * exp(-weight), MOST_CLOSED)
         return 1.0 if closed < LEAST_CLOSED else round(1 - closed, ACTIVE_DIGITS)
 
     def _by_depth(self, layer: int, layers: int) -> float:
@@ -153,7 +154,7 @@ class Planner:
                 f"{design.stand_in} {dict(design.fit)}"
             )
         if budget >= sum(cost.most for cost in costs.values()):
-            costs = self._opened(design, sparse, budget)
+            costs = self._all_kept(design, sparse, budget)
             kept = {layer: cost.neurons for layer, cost in costs.items()}
         else:
             spend = self._level if profile.is_level else self._by_error
@@ -171,26 +172,26 @@ class Planner:
             tuple(actives) if min(actives) < 1 else (),
         )
 
-    def _costs(self, design: Design, sparse: Sequence[int], opened: float = 0.0) -> dict[int, Cost]:
+    def _costs(self, design: Design, sparse: Sequence[int], more: float = 0.0) -> dict[int, Cost]:
         """Of the layers between the dense ends.
 
         Args:
-            opened: log-weight by which less is skipped than the design says.
+            more: log-weight by which less is skipped than the design says.
         """
         of_all = float(design.rule.get("active", 1.0))
         stand_in = self.prices.stand_in(design.stand_in, design.fit)
         made = {}
         for layer in sparse:
             neurons = self.prices.cost.num_neurons[layer]
-            active = design.profile.active(layer, self.num_layers, of_all, opened)
+            active = design.profile.active(layer, self.num_layers, of_all, more)
             if self.prices.neuron(layer, active) >= self.prices.neuron(layer):
                 active = 1.0  # skipping so few spares less than their thresholds take
             made[layer] = Cost(self.prices.neuron(layer, active), stand_in, neurons, active)
         return made
 
-    def _opened(self, design: Design, sparse: Sequence[int], budget: float) -> dict[int, Cost]:
+    def _all_kept(self, design: Design, sparse: Sequence[int], budget: float) -> dict[int, Cost]:
         """With as little skipped as the bytes allow where all neurons are kept."""
-        low, high = 0.0, MOST_OPENED
+        low, high = 0.0, MOST_MORE
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             costs = self._costs(design, sparse, middle)

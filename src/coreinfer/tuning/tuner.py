@@ -90,7 +90,10 @@ class Tuner:
             now = self._candidate(design, share)
             if now is None:
                 return None
-            both = {"weights": prices.wider(now, WIDER), "opened": now.opened(WIDER, MOST_ACTIVE)}
+            both = {
+                "weights": prices.wider(now, WIDER),
+                "active_weights": now.more_active(WIDER, MOST_ACTIVE),
+            }
             ways = {name: way for name, way in both.items() if way != now}
             if not ways:  # no layer has anything left to read
                 return None
