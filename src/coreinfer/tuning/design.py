@@ -37,8 +37,8 @@ class Profile:
         slope, bend: log-weight along the depth, of what is dropped and of what is skipped:
             slope * x + bend * (x^2 - 1/3), x from -1 to 1.
         weights: further log-weights of what is dropped, a layer each; empty for none.
-        active_weights: further log-weights of what is skipped, a layer each; empty for none. A layer's
-            1 - active is what the rule says, by exp(its weight).
+        active_weights: further log-weights of what is skipped, a layer each; empty for none. The
+            1 - active of a layer is what the rule says, divided by exp(its weight).
     """
 
     first: int = 0
