@@ -117,14 +117,15 @@ def test_sparse_rows_come_with_each_share_of_active_neurons() -> None:
     settings = Settings(dtypes=("int8",), keeps=(1.0, 0.4), actives=(1.0, 0.5))
     for target in (tiny(), tiny(TINY_OPT)):
         jobs = [job for job in own_jobs(target, settings) if job.skip_zeros]
-        assert [(job.keep, job.active) for job in jobs] == [(1, 1), (0.4, 1), (0.4, 0.5)]
+        assert [(job.keep, job.active) for job in jobs] == [(1, 1), (1, 0.5), (0.4, 1), (0.4, 0.5)]
     with pytest.raises(UserError, match="actives must be above 0"):
         Settings(actives=(0.0,))
 
 
-@pytest.mark.parametrize("shape", [TINY, TINY_OPT])
-def test_skipped_neurons_are_fewer_bytes(shape: dict[str, Any]) -> None:
-    job = replace(JOB, engine="native", dtype="bfloat16", shape=shape, keep=0.5)
+# Of a ReLU model that keeps all, rows without skipping already leave zeros out, and count that.
+@pytest.mark.parametrize(("shape", "keep"), [(TINY, 0.5), (TINY, 1.0), (TINY_OPT, 0.5)])
+def test_skipped_neurons_are_fewer_bytes(shape: dict[str, Any], keep: float) -> None:
+    job = replace(JOB, engine="native", dtype="bfloat16", shape=shape, keep=keep)
     whole, some = (answers_to(replace(job, active=active))[2]["about"] for active in (1.0, 0.4))
     assert (whole["active"], some["active"]) == (1.0, 0.4)
     assert some["bytes_per_token"] < whole["bytes_per_token"]

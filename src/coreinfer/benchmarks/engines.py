@@ -32,14 +32,16 @@ class BackendEngine:
     Args:
         backend: the model.
         vocab_size: of it.
-        keep: fraction of each layer's neurons; 1 is dense decoding.
+        keep: fraction of each layer's neurons; 1 is dense decoding, unless some are skipped.
         active: fraction of those that a token computes whole.
     """
 
     def __init__(self, backend: Backend, vocab_size: int, keep: float, active: float = 1.0) -> None:
         self.vocab_size = vocab_size
         self._backend = backend
-        self._selector: Selector = Dense() if keep == 1 else Impact(beta=keep, active=active)
+        self._selector: Selector = Dense()
+        if keep < 1 or active < 1:
+            self._selector = Impact(beta=keep, active=active)
         self._stand_in: StandIn | None = None if keep == 1 else Linear()
         self._plan = RecordingPlan.expecting(self._selector, self._stand_in)
         self._session: Session = backend.start(self._plan)

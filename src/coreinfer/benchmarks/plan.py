@@ -29,7 +29,7 @@ class Settings:
     Args:
         dtypes: of the weights, of `DTYPES`.
         keeps: fractions of the neurons to decode with, in (0, 1]; 1 is dense.
-        actives: fractions of the core neurons that a token computes whole, for keeps below 1.
+        actives: fractions of the core neurons that a token computes whole, for each keep.
         engines: of `ENGINES`.
         peers: of `PEER_NAMES`.
         prompt_tokens: read by the prefill; the depth at which decoding is timed.
@@ -94,7 +94,7 @@ def own_jobs(target: Target, settings: Settings) -> Iterator[Job]:
             for keep in dict.fromkeys(settings.keeps):
                 if keep == 1 and target.relu and engine == "native":
                     yield replace(job, skip_zeros=False)
-                for active in dict.fromkeys(settings.actives if keep < 1 else (1.0,)):
+                for active in dict.fromkeys(settings.actives):
                     yield replace(job, keep=keep, active=active)
 
 

@@ -55,7 +55,7 @@ def add_parser(verbs: Any) -> None:
         default=(1.0,),
         metavar="LIST",
         help="fractions of the core neurons that a token computes whole, above 0 to 1, for each "
-        "keep below 1 (default: 1.0)",
+        "keep (default: 1.0)",
     )
     rows.add_argument(
         "--engines",
