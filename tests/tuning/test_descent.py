@@ -117,7 +117,7 @@ def test_bytes_go_to_neurons_or_to_computing_more_of_them() -> None:
         }
 
     before, after = candidate(start), candidate(descend(start, LAYERS, worths, 80))
-    assert loss_of(after) < 0.5 * loss_of(before)
+    assert loss_of(after) < 0.55 * loss_of(before)
     assert len(set(before.actives)) == 1
     assert abs(sum(PRICES.read(after)) - sum(PRICES.read(before))) < 2000 * LAYERS
     # Skipping costs most in the last two layers, and hardly anything in the second.
