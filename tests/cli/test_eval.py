@@ -183,7 +183,7 @@ def test_model_args_are_the_options_of_the_command_line(model_dir: Path, given: 
     assert rule.setting.describe() == {
         "selector": {
             "name": "impact", "beta": 0.5, "dense_layers": [0, 2], "budgets": {},
-            "active": 1.0, "count_bos": False,
+            "active": 1.0, "active_budgets": {}, "count_bos": False,
         },
         "stand_in": None,
     }  # fmt: skip

@@ -109,5 +109,5 @@ def test_bytes_of_neurons_of_which_some_are_skipped() -> None:
     assert cost.neuron(0, 0.5) == 30 + THRESHOLD_BYTES + 30
     assert cost.neuron(1, 0.25) == 30 + THRESHOLD_BYTES + 7.5
     core_set = CoreSet({0: torch.arange(25, dtype=torch.int32)}, (100, 50))
-    assert cost.skipped(core_set, 1.0) == 0
-    assert cost.skipped(core_set, 0.5) == 25 * (30 - THRESHOLD_BYTES)
+    assert cost.skipped(core_set, lambda _layer: 1.0) == 0
+    assert cost.skipped(core_set, lambda _layer: 0.5) == 25 * (30 - THRESHOLD_BYTES)

@@ -186,11 +186,10 @@ def test_widening_leaves_dense_layers_and_never_makes_one() -> None:
     assert candidate.widened(0.1, (20, 100, 20, 200)).keeps == (0.6, 0.99, 1.0, 0.995)
 
 
-def test_what_keeps_all_and_skips_some_is_narrowed_and_not_dense() -> None:
+def test_what_keeps_all_and_skips_some_is_not_dense() -> None:
     candidate = Candidate("impact", (1.0, 1.0, 0.5), actives=(0.5, 1.0, 0.998))
     assert candidate.dense_layers == (1,)
-    assert candidate.widened(0.1, (20, 20, 20)).keeps == (0.9, 1.0, 0.6)
-    assert candidate.widened(0.1, (20, 20, 20), (0.2, 0.2, 0.2)).keeps == (0.7, 1.0, 0.6)
+    assert candidate.widened(0.1, (20, 20, 20)).keeps == (1.0, 1.0, 0.6)
     assert candidate.more_active(0.1, 0.97).actives == (0.6, 1.0, 0.998)
     assert candidate.more_active(0.5, 0.97).actives == (0.97, 1.0, 0.998)
     assert candidate.options(Stores()) == {

@@ -125,14 +125,15 @@ def test_bytes_go_to_neurons_or_to_computing_more_of_them() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 4, 8, 15])
-def test_what_keeps_all_is_weighed_with_the_stand_in_that_it_then_needs(rank: int) -> None:
-    """Which reads as much as many neurons do."""
+def test_where_all_is_kept_activity_descends(rank: int) -> None:
+    """Whatever the stand-in would read if one were needed; and all stays kept."""
     stand_in, fit = ("linear", {"rank": rank}) if rank else ("none", {})
     start = Design("impact", {"active": 0.5}, stand_in, fit)
     tuner = Tuner(Goal.of_bytes(0.7), PLANNER, objective(Formula()))
     before = PLANNER.candidate(start, 0.7)
     assert set(before.keeps) == {1.0}
     after = PLANNER.candidate(tuner.descended(start, 0.7, STEPS), 0.7)
+    assert set(after.keeps) == {1.0}
     assert loss_of(after) < 0.75 * loss_of(before)
 
 

@@ -87,10 +87,15 @@ class Candidate:
         )
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether no layer leaves a neuron out."""
+        return min(self.keeps) == 1.0
+
+    @property
     def effective(self) -> Candidate:
         """Without what has no effect: where no layer leaves a neuron out, nothing is ranked, and
         nothing stands in."""
-        if min(self.keeps) < 1.0:
+        if not self.keeps_all:
             return self
         return Candidate("impact", self.keeps, actives=self.actives)
 
@@ -106,25 +111,11 @@ class Candidate:
         words += [one.stand_in, *(f"{name} {value:g}" for name, value in one.fit.items())]
         return " ".join(word.replace("_", " ") for word in words)
 
-    def widened(
-        self, by: float, num_neurons: Sequence[int], stand_in: Sequence[float] = ()
-    ) -> Candidate:
-        """With so much more kept in each layer that is not dense, but never all of it; where all
-        is kept already, so much less to read.
-
-        Args:
-            by: a fraction of a layer's neurons.
-            num_neurons: D of each layer.
-            stand_in: the fraction of its neurons that reads as much as its stand-in; none if empty.
-        """
-        keeps = []
-        for layer, (keep, neurons) in enumerate(zip(self.keeps, num_neurons, strict=True)):
-            if keep < 1.0:
-                keep = max(keep, min(keep + by, 1 - 1 / neurons))
-            elif self.active(layer) < 1.0:
-                keep = max(1.0 - by - (stand_in[layer] if stand_in else 0.0), 1 / neurons)
-            keeps.append(keep)
-        return replace(self, keeps=tuple(keeps))
+    def widened(self, by: float, num_neurons: Sequence[int]) -> Candidate:
+        """With so much more kept in each layer that does not keep all, but never all of it."""
+        sizes = zip(self.keeps, num_neurons, strict=True)
+        keeps = tuple(k if k == 1.0 else max(k, min(k + by, 1 - 1 / n)) for k, n in sizes)
+        return replace(self, keeps=keeps)
 
     def active(self, layer: int) -> float:
         """The fraction of a layer's core neurons that a token computes whole."""

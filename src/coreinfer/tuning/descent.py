@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any
 
 from coreinfer.tuning.design import Design
 
-# Of the first step, in log-weight, by the weights that it moves; they fall to nothing, so that the
-# last steps average. A weight of what is active moves more bytes than one of the neurons kept.
-RATES = MappingProxyType({"weights": 0.2, "active_weights": 0.05})
+RATE = 0.2  # of the first step, in log-weight; it falls to nothing, so that the last steps average
 MEMORY = 0.8  # of what earlier prompts said
 
 # (number of the step, design) -> what a byte more is worth in each layer, None where that is not
@@ -53,12 +50,12 @@ def descend(design: Design, layers: int, worths: Worths, steps: int) -> Design:
         mean = fmean(known.values()) if known else 0.0
         if mean <= 0:  # nothing to be gained: the prompts are all but dense already
             continue
-        left = 1 - number / steps
+        rate = RATE * (1 - number / steps)
         weights = {
             name: list(getattr(design.profile, name) or (0.0,) * layers) for name, _ in known
         }
         for (name, layer), value in known.items():
-            weights[name][layer] += RATES[name] * left * min(max(value / mean - 1, -1.0), 1.0)
+            weights[name][layer] += rate * min(max(value / mean - 1, -1.0), 1.0)
         made: dict[str, Any] = {
             name: tuple(one) if any(one) else () for name, one in weights.items()
         }

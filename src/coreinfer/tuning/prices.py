@@ -65,16 +65,6 @@ class Prices:
             return 0
         return self.offset + self.direction * int(fit.get("rank", 0))
 
-    def wider(self, candidate: Candidate, by: float) -> Candidate:
-        """The candidate with so much more kept in each layer, a fraction of its neurons; where all
-        is kept already, with so much less to read, a stand-in among it."""
-        stand_in, sizes = self.stand_in(candidate.stand_in, candidate.fit), self.cost.num_neurons
-        paid = [
-            stand_in / (self.neuron(layer, candidate.active(layer)) * size)
-            for layer, size in enumerate(sizes)
-        ]
-        return candidate.widened(by, sizes, paid)
-
     def read(self, candidate: Candidate) -> list[int]:
         """Each layer of a candidate."""
         stand_in = self.stand_in(candidate.stand_in, candidate.fit)

@@ -21,6 +21,7 @@ from coreinfer.tuning.space import LEAST_SHARE
 
 SEARCH, DESCENT, FINAL, REPORT = "search", "descent", "final", "report"  # parts of the prompts
 WIDER = 0.04  # of a layer's neurons: the next to be kept, or active, whose worth is weighed
+LEAST_ACTIVE = 0.2  # from which more are, until the bytes are spent
 ROUNDING = 1e-6  # of a share of bytes
 STEPS = 8  # shares that are measured at a time, to find the least within a limit
 
@@ -83,26 +84,28 @@ class Tuner:
         )
 
     def descended(self, design: Design, share: float, steps: int) -> Design:
-        """With the budgets that a byte is worth the same in, at this share of bytes."""
+        """With the budgets that a byte is worth the same in, at this share of bytes.
+
+        Bytes move between layers by what they keep or, where all is kept and some skipped, by what
+        is active there. Not by both at once: that ended at more loss than either.
+        """
         prices = self.planner.prices
+        begin = self._candidate(design, share)
+        if begin is not None and begin.keeps_all:  # and goes on to, whatever its weights become
+            design = replace(design, rule={**design.rule, "active": LEAST_ACTIVE})
 
         def worths(number: int, design: Design) -> dict[str, list[float | None]] | None:
             now = self._candidate(design, share)
             if now is None:
                 return None
-            both = {
-                "weights": prices.wider(now, WIDER),
-                "active_weights": now.more_active(WIDER, MOST_ACTIVE),
-            }
-            ways = {name: way for name, way in both.items() if way != now}
-            if not ways:  # no layer has anything left to read
+            name, way = "weights", now.widened(WIDER, prices.cost.num_neurons)
+            if now.keeps_all:
+                name, way = "active_weights", now.more_active(WIDER, MOST_ACTIVE)
+            if way == now:  # no layer has anything left to read
                 return None
-            gains = self.objective.worth(DESCENT, number, now, list(ways.values()))
+            (gains,) = self.objective.worth(DESCENT, number, now, [way])
             bar.update()
-            return {
-                name: _by_byte(of_way, prices.read(now), prices.read(way))
-                for (name, way), of_way in zip(ways.items(), gains, strict=True)
-            }
+            return {name: _by_byte(gains, prices.read(now), prices.read(way))}
 
         with tqdm(total=steps, desc=DESCENT, leave=False, unit="step", disable=None) as bar:
             return descend(design, self.planner.num_layers, worths, steps)
@@ -182,10 +185,9 @@ class Tuner:
 def _by_byte(
     gains: Sequence[float | None], now: Sequence[int], then: Sequence[int]
 ) -> list[float | None]:
-    """What each layer gains by a byte more, from what it gains by reading `then` for `now`, be
-    that more or less."""
+    """What each layer gains by a byte more, from what it gains by reading `then` for `now`."""
     layers = zip(gains, now, then, strict=True)
-    return [None if gain is None or b == a else gain / (b - a) for gain, a, b in layers]
+    return [None if gain is None or b <= a else gain / (b - a) for gain, a, b in layers]
 
 
 def _is_single(design: Design) -> bool:
