@@ -62,20 +62,18 @@ def qualities_of(task: Measure) -> dict[str, Quality]:
 
 
 def worths_of(task: Weigh) -> Worth:
-    """What the formula falls by from one candidate to the others, which differs by prompt."""
-    now = Candidate.of_key(task.now)
+    """What the formula falls by from one candidate to the other, which differs by prompt."""
+    now, more = Candidate.of_key(task.now), Candidate.of_key(task.more)
     loss = loss_of(now)
-    gains: list[list[float | None]] = []
-    for more in map(Candidate.of_key, task.ways):
-        gains.append([])
-        for layer in range(LAYERS):
-            then = replace(
-                now,
-                keeps=_with_one(now.keeps, more.keeps, layer),
-                actives=_with_one(now.actives, more.actives, layer),
-            )
-            noise = 1 + 0.3 * sin(layer + len(task.windows[0].prompt))
-            gains[-1].append(None if then == now else noise * (loss - loss_of(then)))
+    gains: list[float | None] = []
+    for layer in range(LAYERS):
+        then = replace(
+            now,
+            keeps=_with_one(now.keeps, more.keeps, layer),
+            actives=_with_one(now.actives, more.actives, layer),
+        )
+        noise = 1 + 0.3 * sin(layer + len(task.windows[0].prompt))
+        gains.append(None if then == now else noise * (loss - loss_of(then)))
     return Worth(loss, gains)
 
 

@@ -38,7 +38,7 @@ TASKS: list[Task[Any]] = [
     Measure(WINDOWS[0], KEYS),
     Measure(WINDOWS[1], KEYS[:1]),
     Measure(WINDOWS[2], KEYS[1:]),
-    Weigh(WINDOWS[0], KEYS[0], [WIDER]),
+    Weigh(WINDOWS[0], KEYS[0], WIDER),
 ]
 
 
@@ -65,7 +65,7 @@ def test_a_task_measures_its_candidates_and_dense_decoding(expected: dict[int, A
 
 
 def test_what_more_neurons_are_worth(expected: dict[int, Any]) -> None:
-    ((first, second, dense),) = expected[3].gains
+    first, second, dense = expected[3].gains
     assert first != 0
     assert second != 0
     assert dense is None
@@ -203,4 +203,4 @@ def test_a_large_model_is_loaded_once_more_in_bfloat16(
     assert large.dtype == "bfloat16"
     assert api.differentiable(large, spec.model) is large
     found = dict(InProcess(large, Stores(), spec).map([TASKS[3]]))
-    assert found[0].gains[0][0] is not None
+    assert found[0].gains[0] is not None

@@ -198,13 +198,13 @@ def test_what_a_neuron_is_worth_is_a_mean_over_the_prompts_and_kept(tmp_path: Pa
     pool, path = Formula(), tmp_path / "t.jsonl"
     now = Candidate("impact", (*(0.5,) * 7, 1.0))
     more = now.widened(0.1, COST.num_neurons)
-    found = objective(pool, Journal(path)).worth("descent", 0, now, [more])
+    found = objective(pool, Journal(path)).worth("descent", 0, now, more)
     assert pool.done == 2  # batches
-    assert found[0][7] is None
-    others = objective(pool, Journal(path)).worth("descent", 1, now, [more])
+    assert found[7] is None
+    others = objective(pool, Journal(path)).worth("descent", 1, now, more)
     assert pool.done == 4  # other prompts
     assert found != others
-    again = objective(pool, Journal(path)).worth("descent", 5, now, [more])  # 20 prompts, 5 batches
+    again = objective(pool, Journal(path)).worth("descent", 5, now, more)  # 20 prompts, 5 batches
     assert (again, pool.done) == (found, 4)
 
 

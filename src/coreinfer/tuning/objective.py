@@ -92,17 +92,15 @@ class Objective:
             self._journal.add({self._key(name, key): asdict(one) for key, one in result.items()})
         return [self._joined(part, candidate.key) for candidate in candidates]
 
-    def worth(
-        self, part: str, number: int, now: Candidate, ways: Sequence[Candidate]
-    ) -> list[list[float | None]]:
-        """By how much the loss falls on each way, layer by layer: nats a token, mean over some of
-        a part.
+    def worth(self, part: str, number: int, now: Candidate, more: Candidate) -> list[float | None]:
+        """By how much the loss falls from one to the other, layer by layer: nats a token, mean over
+        some of a part.
 
         Args:
             part: its name.
             number: of the step, from 0; each takes the next `BATCHES_A_STEP` batches, round and
                 round.
-            now, ways: a candidate, and the same with more in its layers, in one way or another.
+            now, more: a candidate, and the same with more in its layers.
 
         Raises:
             UserError: if a candidate does not fit the model, or the workers failed.
@@ -110,17 +108,13 @@ class Objective:
         count = len(self._batches[part])
         first = number * BATCHES_A_STEP
         places = [place % count for place in range(first, first + min(BATCHES_A_STEP, count))]
-        asked = [way.key for way in ways]
-        keys = [key_of([self._names[part][i], now.key, *asked]) for i in places]
+        keys = [key_of([self._names[part][i], now.key, more.key]) for i in places]
         missing = [i for i, key in enumerate(keys) if key not in self._journal]
-        tasks = [Weigh(self._batches[part][places[i]], now.key, asked) for i in missing]
+        tasks = [Weigh(self._batches[part][places[i]], now.key, more.key) for i in missing]
         for position, result in self._pool.map(tasks):
             self._journal.add({keys[missing[position]]: asdict(result)})
-        found = [self._journal[key]["gains"] for key in keys]
-        return [
-            [_mean(column) for column in zip(*of_way, strict=True)]
-            for of_way in zip(*found, strict=True)
-        ]
+        rows = [self._journal[key]["gains"] for key in keys]
+        return [_mean(column) for column in zip(*rows, strict=True)]
 
     def dense(self, part: str) -> Quality:
         """Dense decoding on a part, known once anything was measured on it."""

@@ -89,26 +89,28 @@ class Tuner:
         Bytes move between layers by what they keep or, where all is kept and some skipped, by what
         is active there. Not by both at once: that ended at more loss than either.
         """
-        prices = self.planner.prices
+        prices, moved = self.planner.prices, "weights"
         begin = self._candidate(design, share)
         if begin is not None and begin.keeps_all:  # and goes on to, whatever its weights become
+            moved = "active_weights"
             design = replace(design, rule={**design.rule, "active": LEAST_ACTIVE})
 
-        def worths(number: int, design: Design) -> dict[str, list[float | None]] | None:
+        def worths(number: int, design: Design) -> list[float | None] | None:
             now = self._candidate(design, share)
             if now is None:
                 return None
-            name, way = "weights", now.widened(WIDER, prices.cost.num_neurons)
             if now.keeps_all:
-                name, way = "active_weights", now.more_active(WIDER, MOST_ACTIVE)
-            if way == now:  # no layer has anything left to read
+                more = now.more_active(WIDER, MOST_ACTIVE)
+            else:
+                more = now.widened(WIDER, prices.cost.num_neurons)
+            if more == now:  # no layer has anything left to read
                 return None
-            (gains,) = self.objective.worth(DESCENT, number, now, [way])
+            gains = self.objective.worth(DESCENT, number, now, more)
             bar.update()
-            return {name: _by_byte(gains, prices.read(now), prices.read(way))}
+            return _by_byte(gains, prices.read(now), prices.read(more))
 
         with tqdm(total=steps, desc=DESCENT, leave=False, unit="step", disable=None) as bar:
-            return descend(design, self.planner.num_layers, worths, steps)
+            return descend(design, self.planner.num_layers, worths, steps, moved)
 
     def best_of(self, designs: Sequence[Design], share: float) -> Design:
         """The design of least loss on more prompts than it was found with, at this share of bytes;

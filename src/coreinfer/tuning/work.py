@@ -51,19 +51,17 @@ class Weigh:
 
     windows: Sequence[Window]
     now: str
-    ways: Sequence[str]
+    more: str
 
     def run(self, worker: Worker) -> Worth:
-        """What each way is worth, layer by layer."""
-        now, *ways = (
-            Candidate.of_key(key).setting(worker.stores) for key in (self.now, *self.ways)
-        )
+        """What more is worth, layer by layer."""
+        now, more = (Candidate.of_key(key).setting(worker.stores) for key in (self.now, self.more))
         return worth(
             worker.differentiable,
             [window.prompt for window in self.windows],
             [window.continuation for window in self.windows],
             now.selector,
-            [way.selector for way in ways],
+            more.selector,
             now.stand_in,
             [window.text for window in self.windows],
         )
