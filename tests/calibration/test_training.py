@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -99,3 +100,26 @@ def test_it_goes_on_where_it_was_cut_off(backend: HfBackend, store: CalibrationS
 def test_documents_that_are_too_short(backend: HfBackend, store: CalibrationStore) -> None:
     with pytest.raises(UserError, match="no document has the 8 tokens"):
         train(backend, store, lambda: iter([[1, 2, 3]]), 1, seed=0, progress=False)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradients"])
+def test_training_that_runs_away_ends_at_once(
+    backend: HfBackend, store: CalibrationStore, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    kept: list[int] = []
+
+    def keep(step: int, _tensors: Mapping[str, Tensor]) -> None:
+        kept.append(step)
+
+    def third_is_broken(*given: Any) -> tuple[float, list[Tensor]]:
+        loss, found = gradients(*given)
+        if len(kept) < 2:
+            return loss, found
+        if broken == "loss":
+            return float("nan"), found
+        return loss, [one * float("inf") for one in found]
+
+    monkeypatch.setattr("coreinfer.calibration.training.gradients", third_is_broken)
+    with pytest.raises(UserError, match=r"training ran away: KL .* at step 3 of 40"):
+        train(backend, store, lambda: iter(ids_of(backend)), 40, 0, keep=keep, progress=False)
+    assert kept == [1, 2]

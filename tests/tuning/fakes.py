@@ -52,11 +52,12 @@ def quality_of(loss: float, read: int, windows: Sequence[Window]) -> Quality:
     )
 
 
-def qualities_of(task: Measure) -> dict[str, Quality]:
+def qualities_of(task: Measure, unplanned: float) -> dict[str, Quality]:
     results = {DENSE: quality_of(0.0, COST.dense, task.windows)}
     for key in task.keys:
         candidate = Candidate.of_key(key)
         read = COST.shared + sum(PRICES.read(candidate))
+        read += round(unplanned * sum(active < 1 for active in candidate.actives))
         results[key] = quality_of(loss_of(candidate), read, task.windows)
     return results
 
@@ -82,12 +83,14 @@ def _with_one(values: tuple[float, ...], others: tuple[float, ...], at: int) -> 
 
 
 class Formula:
-    """A pool that computes the formula, and counts; it is cut off after some tasks."""
+    """A pool that computes the formula, and counts; it is cut off after some tasks. Layers that
+    skip read so many `unplanned` bytes more than was planned."""
 
-    def __init__(self, workers: int = 1, tasks: int | None = None) -> None:
+    def __init__(self, workers: int = 1, tasks: int | None = None, unplanned: float = 0.0) -> None:
         self.workers = workers
         self.done = 0
         self._left = tasks
+        self._unplanned = unplanned
 
     def map(self, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         for position, task in reversed(
@@ -96,7 +99,10 @@ class Formula:
             if self._left is not None and self.done >= self._left:
                 raise KeyboardInterrupt
             self.done += 1
-            yield position, worths_of(task) if isinstance(task, Weigh) else qualities_of(task)
+            if isinstance(task, Weigh):
+                yield position, worths_of(task)
+            else:
+                yield position, qualities_of(task, self._unplanned)
 
     def close(self) -> None: ...
 

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Quality
 from coreinfer.journal import Journal
 from coreinfer.tuning.candidate import Candidate, Stores
+from coreinfer.tuning.design import Design, Planner, Profile
 from coreinfer.tuning.goal import Goal
 from coreinfer.tuning.result import Outcome
 from coreinfer.tuning.run import FINALISTS, MOST_REPORTED, Effort, tune
+from coreinfer.tuning.tuner import Tuner
 from tests.tuning import fakes
-from tests.tuning.fakes import COST, PRICES, WORTH, Formula, loss_of, objective
+from tests.tuning.fakes import COST, LAYERS, PRICES, WORTH, Formula, loss_of, objective
 
 EFFORT = Effort(trials=32, steps=20, seed=0)
 PROMPTS = {"search": 6, "report": 5}
@@ -66,6 +70,21 @@ def test_neurons_are_skipped_where_that_is_asked_for() -> None:
     assert outcome.chosen.loss.mean < without.chosen.loss.mean
     assert all(point.share <= 0.7 + 1e-6 for point in (outcome.chosen, *outcome.rivals.values()))
     assert {"active", "active-budgets"} & outcome.settings.keys()
+
+
+@pytest.mark.parametrize("unplanned", [500.0, 4_000.0, 20_000.0])
+def test_what_reads_more_than_was_planned_is_planned_again(unplanned: float) -> None:
+    """Dense ends read the same whatever is planned, so that one correction is not enough."""
+    errors = LayerErrors((0.5, 1.0), torch.tensor([[0.25, 0.0]] * LAYERS).double())
+    pool = Formula(unplanned=unplanned)
+    tuner = Tuner(Goal.of_bytes(0.7), Planner(PRICES, errors), objective(pool))
+    design = Design("impact", {"active": 0.5}, profile=Profile(first=2, last=1))
+    (point,) = tuner.points([(design, 0.7)], "other bytes")
+    assert point is not None
+    assert point.share > 0.7
+    within = tuner.point_within(design, 0.7, "other bytes")
+    assert within is not None
+    assert 0.69 < within.share <= 0.7
 
 
 @pytest.mark.parametrize("text", ["kl<=0.1", "ppl<=+8%", "agreement>=0.93"])

@@ -8,6 +8,7 @@ is differentiated, on documents of the corpus, and the coefficients follow (Adam
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ def train(
         progress: draw a progress bar on stderr, where that is a terminal.
 
     Raises:
-        UserError: if no document is long enough.
+        UserError: if no document is long enough, or what is decoded is no longer a number.
     """
     trainer = Trainer.of(store)
     if tensors is not None:
@@ -137,6 +138,11 @@ def train(
             rule = Residual(calibration=trainer.store, beta=keeps[number])
             stand_in = Calibrated(calibration=trainer.store, rank=full)
             loss, found = gradients(backend, rule, stand_in, next(batches))
+            if not math.isfinite(loss) or not all(one.isfinite().all() for one in found):
+                raise UserError(
+                    f"training ran away: KL {loss:g} at step {number + 1} of {steps}; "
+                    "ask for fewer --train-steps, or none"
+                )
             trainer.step(found, RATE * (1 - number / steps))
             keep(number + 1, trainer.tensors())
             bar.set_postfix(kl=f"{loss:.3f}", refresh=False)

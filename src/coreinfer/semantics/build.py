@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,8 @@ def build_clusters(
     reader = TokenCorpus(
         corpus, backend.tokenizer, max_tokens, batch_size, min_chars, Skips(on_skip)
     )
+    if k is not None:
+        _require_documents(reader, k)
     place = out.with_name(f".{out.name}.work")
     with work_folder(place, STAGES, on_note, checkpoint_seconds) as work:
         build = _Build(
@@ -137,6 +139,14 @@ def build_clusters(
         store.save(out)
         remove_leftovers(out)  # of a run that was killed while it saved
     return store
+
+
+def _require_documents(reader: TokenCorpus, k: int) -> None:
+    """Raises UserError where a corpus has no `k` documents, before all of them are embedded."""
+    silent = replace(reader, skips=Skips(lambda _problem: None))
+    count = sum(1 for _ in islice(silent.documents(), k))
+    if 0 < count < k:
+        raise UserError(f"cannot make {k} clusters of {count} documents; ask for 1 to {count}")
 
 
 @dataclass(frozen=True)

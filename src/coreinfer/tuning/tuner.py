@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import floor
 from statistics import fmean
 
 from tqdm import tqdm
@@ -23,6 +24,7 @@ SEARCH, DESCENT, FINAL, REPORT = "search", "descent", "final", "report"  # parts
 WIDER = 0.04  # of a layer's neurons: the next to be kept, or active, whose worth is weighed
 LEAST_ACTIVE = 0.2  # from which more are, until the bytes are spent
 ROUNDING = 1e-6  # of a share of bytes
+TRIES = 4  # to stay within the bytes where what is read is known afterwards
 STEPS = 8  # shares that are measured at a time, to find the least within a limit
 
 
@@ -132,11 +134,13 @@ class Tuner:
     def point_within(self, design: Design, share: float, stage: str) -> Point | None:
         """The design at what reads no more than this share of bytes, which is known afterwards
         where core neurons are skipped; None where they do not pay for it."""
-        (point,) = self.points([(design, share)], stage)
-        if point is None or point.share <= share + ROUNDING:
-            return point
-        (less,) = self.points([(design, round(share * share / point.share, 4))], stage)
-        return less
+        asked, found = share, None
+        for _ in range(TRIES):
+            (found,) = self.points([(design, asked)], stage)
+            if found is None or found.share <= share + ROUNDING:
+                break
+            asked = floor(1e4 * asked * share / found.share) / 1e4
+        return found
 
     def reported(self, points: Sequence[Point]) -> list[Point]:
         """The same points with what they are on the prompts to report on."""
