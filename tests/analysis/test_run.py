@@ -129,8 +129,12 @@ def test_what_is_missing_is_said_before_anything_is_measured(
 
 
 def test_a_store_for_another_model_is_refused(tmp_path: Path) -> None:
+    question = Counting()
     with pytest.raises(UserError, match="store of 'tiny' is for none of the models"):
-        analyze(TINY, [Counting()], SOURCES, SMALL, tmp_path, stores=[random_store()])
+        analyze(TINY, [question], SOURCES, SMALL, tmp_path, stores=[random_store()])
+    assert question.asked == 0  # nothing is measured for nothing
+    with pytest.raises(UserError, match="none of these questions takes a cluster store"):
+        analyze({}, [QUESTIONS["beyond"]], [], SMALL, tmp_path, stores=[random_store()])
 
 
 def test_a_store_is_given_to_its_model(tmp_path: Path) -> None:

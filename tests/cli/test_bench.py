@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -57,6 +58,22 @@ def test_the_table_and_the_plot(cli: Cli, tmp_path: Path, monkeypatch: pytest.Mo
     assert "of limit" in done.out
     assert len([line for line in done.out.splitlines() if line.startswith("native")]) == 6
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("tiny_shape")
+def test_every_row_has_a_bar_of_its_own(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(run, "bench", partial(run.bench, start=fake_start([])))
+    picture = tmp_path / "bench.svg"
+    done = cli("bench", "--shape", "tiny", "--peers", "none", "--dtypes", "bfloat16",
+               "--actives", "1.0,0.5", "--plot", picture, *SHORT)  # fmt: skip
+    assert done.code == 0, done
+    rows = [line for line in done.out.splitlines() if line.startswith("native")]
+    # matplotlib writes a text as outlines, beside a comment that says it.
+    labels = re.findall(r"<!-- (native .*?) -->", picture.read_text(encoding="utf-8"))
+    assert len(labels) == len(rows) > 2
 
 
 @pytest.mark.parametrize(

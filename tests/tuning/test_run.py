@@ -56,6 +56,15 @@ def test_bytes_are_kept_and_well_used() -> None:
         assert loss_of(chosen.candidate) < 0.5 * loss_of(one_keep.candidate)
 
 
+def test_any_share_of_bytes_is_kept_to_the_last_digit() -> None:
+    """0.67187 is just short of 1075 of 1600 neurons."""
+    outcome = run(Goal.of_bytes(0.67187), Formula(), effort=Effort(trials=8, steps=0))
+    assert outcome.reached
+    searched = [point for point in outcome.tried if point.stage in ("one keep", "search")]
+    assert len(searched) >= 8
+    assert max(point.share for point in searched) <= 0.67187
+
+
 def test_neurons_are_skipped_where_that_is_asked_for() -> None:
     """Both kinds of the best with one keep are then compared with."""
     goal = Goal.of_bytes(0.7)

@@ -24,7 +24,7 @@ class Policy(Protocol):
 
     @property
     def dense_share(self) -> float:
-        """Which part of the tokens is decoded densely."""
+        """Which part of the tokens of a period, after the first one, is read densely."""
         ...
 
 

@@ -104,6 +104,7 @@ class Materials:
             "backend": [self.backend.name, self.backend.dtype],
             "alpha": alpha,
             "tokens": self.settings.document_tokens,
+            "encoder": default_encoder(),
             "seed": self.settings.seed,
             "documents": documents,
         }
@@ -173,3 +174,13 @@ class Materials:
             "bytes_of_dense": summary["bytes_per_token"] / self.backend.cost.dense,
             "windows": len(quality.kl),
         }
+
+    def rows(
+        self, name: str, results: Mapping[Cell, Mapping[str, Quality]]
+    ) -> list[dict[str, Cell]]:
+        """A row for each rule at each value of what is varied, which is called `name`."""
+        return [
+            {name: key, "rule": rule, **self.cells(quality)}
+            for key, by_rule in results.items()
+            for rule, quality in by_rule.items()
+        ]

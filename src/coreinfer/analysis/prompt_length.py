@@ -11,11 +11,10 @@ from coreinfer.analysis.materials import Materials
 from coreinfer.analysis.question import Answer
 from coreinfer.analysis.sections import Cell, Chart, Figure, Table
 from coreinfer.analysis.texts import ending, window_of
-from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Quality, Window, encoded_prefix
 
 RULES = ("stability", "similarity", "auto", "auto, choice", "static", "impact")
-PIECES = 4  # topics of a mixed prompt
+PIECES = 4  # topics of a mixed prompt, where there are so many windows
 METHOD = (
     "The same continuations after prompts of different lengths, each the text that stands before "
     "them; then after prompts of one length that were made less coherent. KL is taken between "
@@ -35,13 +34,13 @@ class PromptLength:
     def ask(self, materials: Materials) -> Answer:
         s = materials.settings
         longest = materials.interleaved(prompt_tokens=max(*s.lengths, s.prompt_tokens))
-        by_length: dict[int, dict[str, Quality]] = {}
+        by_length: dict[Cell, dict[str, Quality]] = {}
         for length in s.lengths:
             materials.on_progress(f"prompt-length: {length} tokens")
             by_length[length] = self._measure(
                 materials, [ending(materials.backend, w, length) for w in longest]
             )
-        by_kind: dict[str, dict[str, Quality]] = {}
+        by_kind: dict[Cell, dict[str, Quality]] = {}
         for kind, windows in kinds(materials, longest).items():
             materials.on_progress(f"prompt-length: {kind}")
             by_kind[kind] = self._measure(materials, windows)
@@ -49,12 +48,12 @@ class PromptLength:
         lengths = Table.of(
             "lengths",
             f"KL to dense by prompt length; {about}.",
-            rows(materials, "tokens", by_length),
+            materials.rows("tokens", by_length),
         )
         coherence = Table.of(
             "coherence",
             f"KL to dense by what was done to prompts of {s.prompt_tokens} tokens; {about}.",
-            rows(materials, "prompt", by_kind),
+            materials.rows("prompt", by_kind),
         )
         drawn: Any = {"y": "kl", "series": "rule", "low": "kl_low", "high": "kl_high"}
         return Answer(
@@ -92,11 +91,10 @@ def kinds(materials: Materials, longest: list[Window]) -> dict[str, list[Window]
         window_of(backend, shuffled_sentences(w.text, s.seed + i), s.prompt_tokens, w.continuation)
         for i, w in enumerate(whole)
     ]
-    if len(whole) < PIECES:
-        raise UserError(f"mixed topics need at least {PIECES} windows, got {len(whole)}")
+    pieces = min(PIECES, len(whole))
     blend = [
         Window(w.prompt, w.continuation, str(backend.tokenizer.decode(w.prompt)))
-        for w in mixed(whole, PIECES, len(encoded_prefix(backend)))
+        for w in mixed(whole, pieces, len(encoded_prefix(backend)))
     ]
     words = [
         window_of(backend, w.text.split()[-1] if w.text.split() else w.text, s.prompt_tokens,
@@ -106,26 +104,12 @@ def kinds(materials: Materials, longest: list[Window]) -> dict[str, list[Window]
     return {
         "as it is": whole,
         "sentences shuffled": shuffled,
-        f"{PIECES} topics mixed": blend,
+        f"{pieces} topics mixed": blend,
         "a single word": words,
     }
 
 
-def rows(
-    materials: Materials,
-    name: str,
-    results: Mapping[int, Mapping[str, Quality]] | Mapping[str, Mapping[str, Quality]],
-) -> list[dict[str, Cell]]:
-    return [
-        {name: key, "rule": rule, **materials.cells(quality)}
-        for key, by_rule in results.items()
-        for rule, quality in by_rule.items()
-    ]
-
-
-def findings(
-    results: Mapping[int, Mapping[str, Quality]] | Mapping[str, Mapping[str, Quality]], how: str
-) -> Iterator[str]:
+def findings(results: Mapping[Cell, Mapping[str, Quality]], how: str) -> Iterator[str]:
     """Paired differences to the stability rule; negative is better than it."""
     for key, by_rule in results.items():
         leads = ", ".join(

@@ -10,7 +10,7 @@ from typing import ClassVar
 from coreinfer.analysis.disturbances import typos
 from coreinfer.analysis.intervals import difference, mean
 from coreinfer.analysis.long_generation import courses
-from coreinfer.analysis.materials import Materials
+from coreinfer.analysis.materials import ALPHA, Materials
 from coreinfer.analysis.question import Answer
 from coreinfer.analysis.sections import Cell, Chart, Figure, Table
 from coreinfer.analysis.texts import ending, window_of
@@ -61,19 +61,9 @@ def measured(materials: Materials, windows: Sequence[Window]) -> dict[str, Quali
     return {rule: results[rule] for rule in RULES}
 
 
-def rows(
-    materials: Materials, name: str, results: Mapping[Cell, Mapping[str, Quality]]
-) -> list[dict[str, Cell]]:
-    return [
-        {name: key, "rule": rule, **materials.cells(quality)}
-        for key, by_rule in results.items()
-        for rule, quality in by_rule.items()
-    ]
-
-
 def domain_shift(materials: Materials, findings: list[str]) -> Figure:
     """Similarity with the store of each kind of text, on each; beside stability and random."""
-    stores = {one.name: materials.make_store(0.4, [one]) for one in materials.sources}
+    stores = {one.name: materials.make_store(ALPHA, [one]) for one in materials.sources}
     cells: list[dict[str, Cell]] = []
     own: list[float] = []
     other: list[float] = []
@@ -181,7 +171,7 @@ def noise(materials: Materials, findings: list[str]) -> Figure:
             f"{fmean(results[f'{rate:.0%}']['impact'].kl):.2f}."
         )
     caption = f"KL to dense by typing errors in the prompt; {len(clean)} windows, keep {s.keep:g}."
-    return _bars("noise", caption, "typing errors", rows(materials, "typing errors", results))
+    return _bars("noise", caption, "typing errors", materials.rows("typing errors", results))
 
 
 def topic_change(materials: Materials, findings: list[str]) -> Figure:
@@ -200,7 +190,7 @@ def topic_change(materials: Materials, findings: list[str]) -> Figure:
         cost = difference(results["changes"][rule].kl, results["goes on"][rule].kl)
         findings.append(f"Topic changes after the prefill, {rule}: KL rises by {cost}.")
     caption = f"KL to dense where the topic goes on and where it changes; {len(same)} windows."
-    return _bars("topic", caption, "the topic", rows(materials, "the topic", results))
+    return _bars("topic", caption, "the topic", materials.rows("the topic", results))
 
 
 def short_prompts(materials: Materials, findings: list[str]) -> Figure:
@@ -219,7 +209,7 @@ def short_prompts(materials: Materials, findings: list[str]) -> Figure:
             f"{fmean(results[length]['random'].kl):.2f}."
         )
     caption = f"KL to dense after very short prompts; {len(windows)} windows."
-    return _bars("short", caption, "prompt tokens", rows(materials, "prompt tokens", results))
+    return _bars("short", caption, "prompt tokens", materials.rows("prompt tokens", results))
 
 
 def _bars(name: str, caption: str, x: str, cells: Sequence[Mapping[str, Cell]]) -> Figure:

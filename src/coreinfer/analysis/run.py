@@ -136,18 +136,21 @@ def analyze(
     place = Place.of(out)
     facts = {**(about or {}), **environment()}
     sections: list[Section] = []
+    if stores and not models:
+        raise UserError("none of these questions takes a cluster store; leave --clusters out")
     unused = list(stores)
-    for materials in _materials(models, sources, settings, place, stores, on_progress):
+    every = _materials(models, sources, settings, place, stores, on_progress)
+    for number, materials in enumerate(every, start=1):
         if materials.clusters in unused:
             unused.remove(materials.clusters)
+        if unused and number == len(models):
+            raise UserError(
+                f"the cluster store of {unused[0].model!r} is for none of the models; leave it out"
+            )
         for question in questions:
             if question.needs_model:
                 sections.append(_answer(question, materials, place.work, on_progress))
                 write(place, _in_order(sections, questions), facts)
-    if unused and models:
-        raise UserError(
-            f"the cluster store of {unused[0].model!r} is for none of the models; leave it out"
-        )
     for question in questions:
         if not question.needs_model:
             materials = Materials(
@@ -234,9 +237,9 @@ def _answer(
 
 
 def _code() -> str:
-    """Changes with the code of the questions, so that no answer outlives the way it was got."""
+    """Changes with the code, so that no answer outlives the way it was got."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

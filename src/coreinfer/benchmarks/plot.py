@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coreinfer.benchmarks.run import Report
-from coreinfer.benchmarks.table import heading
+from coreinfer.benchmarks.table import heading, neurons
 from coreinfer.errors import UserError
 from coreinfer.files import replace_when_done
 
@@ -37,7 +37,7 @@ def plot(report: Report, path: str) -> None:
     figure = Figure(figsize=(8, 1.5 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.barh(
-        [f"{row.engine} {row.dtype} {row.selector} {row.density:.2f}" for row in rows],
+        range(len(rows)),
         [speed.median for speed in speeds],
         xerr=[
             [speed.median - speed.min for speed in speeds],
@@ -45,6 +45,7 @@ def plot(report: Report, path: str) -> None:
         ],
         color=["tab:blue" if row.engine in ("native", "hf") else "tab:gray" for row in rows],
         capsize=2,
+        tick_label=[f"{row.engine} {row.dtype} {neurons(row)} {row.density:.2f}" for row in rows],
     )
     axes.set_xlabel("decoded tokens a second: median, slowest and fastest run")
     axes.set_title("\n".join(heading(report)), fontsize=8)

@@ -32,7 +32,7 @@ def _cells(row: Row, limit: float) -> list[str]:
     return [
         row.engine,
         row.dtype,
-        _neurons(row),
+        neurons(row),
         f"{row.density:.2f}",
         f"{row.prefill_s:.3f}",
         f"{row.select_s:.3f}",
@@ -50,7 +50,8 @@ def _threads(row: Row) -> str:
     return f"{row.threads} thread" + ("" if row.threads == 1 else "s")
 
 
-def _neurons(row: Row) -> str:
+def neurons(row: Row) -> str:
+    """The rule, and what else decides how many neurons are read."""
     zeros = "" if row.zero_activations is None else f" ({row.zero_activations:.0%} zero)"
     active = "" if row.active == 1 else f", {row.active:g} active"
     return row.selector + zeros + active

@@ -104,7 +104,7 @@ class Quality:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean over all tokens (the windows are of one length)."""
+        """exp of the mean over the windows, each of which counts the same whatever its length."""
         return math.exp(fmean(self.nll))
 
     def summary(self) -> dict[str, Any]:

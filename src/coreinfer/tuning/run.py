@@ -99,7 +99,7 @@ def tune(
     kept = tuner.within(everything)
     reached = bool(kept)
     if not reached:
-        chosen = _closest(everything)
+        chosen = _closest(everything, goal)
     elif goal.limit is None:
         chosen = kept[0]
     else:
@@ -120,7 +120,7 @@ def tune(
         everything = list(tuner.tried.values())
         kept = tuner.within(everything)
         reached = bool(kept)
-        chosen = kept[0] if reached else _closest(everything)
+        chosen = kept[0] if reached else _closest(everything, goal)
     return _outcome(tuner, stores, reached, chosen, prompts, began)
 
 
@@ -192,8 +192,10 @@ def _single_designs(tuner: Tuner) -> dict[str, Design]:
     return {**made, ENDS_DENSE: replace(best, profile=profile)}
 
 
-def _closest(points: Sequence[Point]) -> Point:
-    """To a limit that none of them keeps."""
+def _closest(points: Sequence[Point], goal: Goal) -> Point:
+    """To a limit, of the loss or of the bytes, that none of them keeps."""
+    if goal.limit is None:
+        return min(points, key=lambda point: (point.share, point.loss.mean))
     return min(points, key=lambda point: (point.loss.mean, point.share))
 
 

@@ -113,7 +113,8 @@ class Space:
         share = self.share
         if share is None:
             share = trial.suggest_float("share", LEAST_SHARE, MOST_SHARE)
-        return Design(rule, _rounded(made), stand_in, _rounded(fit), profile), round(share, 4)
+            share = round(share, 4)
+        return Design(rule, _rounded(made), stand_in, _rounded(fit), profile), share
 
     def level(self) -> Iterator[dict[str, Any]]:
         """Parameters of every rule with every stand-in, as they are by default, one keep for all
