@@ -22,10 +22,11 @@ from coreinfer.tuning.tuner import DESCENT, FINAL, REPORT, SEARCH, Tuner
 PROFILE = "profile"  # the part of the prompts that single layers are measured on
 ONE_KEEP = "best one keep"  # for all layers, of which none is skipped
 ONE_ACTIVE = "best one keep, skipping"  # where that does better
-ENDS_DENSE = "ends dense"  # the same with the first 3 and last 2 layers dense
+ENDS_DENSE = "ends dense"  # the best of those settings with the first 3 and last 2 layers dense
 SHARES = (0.4, 0.55, 0.8, 0.9)  # at which the front is completed
 MOST_REPORTED = 6  # points of the front
 FINALISTS = 6  # designs that are compared on more prompts
+ENDS_TRIED = 4  # settings with one keep that are tried with dense ends
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def tune(
     # What is best on few prompts is so by chance, too: more of them decide where to begin, and
     # whether what was found from there is better.
     finalists = [point.design for point in _of_different_designs([chosen, *kept], FINALISTS)]
-    start = tuner.best_of([*finalists, *_single_designs(tuner).values()], share)
+    start = tuner.best_of([*finalists, *_single_designs(tuner, share).values()], share)
     design = tuner.best_of([start, tuner.descended(start, share, effort.steps)], share)
     found = tuner.point_within(design, share, FINAL if design == start else DESCENT)
     if found is not None and (goal.limit is not None or tuner.within([found])):
@@ -167,7 +168,7 @@ def _outcome(
 
 def _rivals(tuner: Tuner, chosen: Point) -> dict[str, Point]:
     """What the chosen point is to be compared with, at its bytes."""
-    made = _single_designs(tuner)
+    made = _single_designs(tuner, chosen.asked)
     found = {
         name: tuner.point_within(design, chosen.asked, "other bytes")
         for name, design in made.items()
@@ -175,21 +176,25 @@ def _rivals(tuner: Tuner, chosen: Point) -> dict[str, Point]:
     return {name: point for name, point in found.items() if point is not None}
 
 
-def _single_designs(tuner: Tuner) -> dict[str, Design]:
+def _single_designs(tuner: Tuner, share: float) -> dict[str, Design]:
     """The best setting with one keep for all layers, the best of which neurons are skipped where
-    that is better, and the better of them with the ends dense."""
+    that is better, and the best with the ends dense, at this share of bytes."""
     single = [point for point in tuner.tried.values() if point.stage == "one keep"]
     if not single:
         return {}
     single.sort(key=lambda point: point.loss.mean)
     best = single[0].design
+    layers = tuner.planner.num_layers
+    ends = Profile(first=min(3, layers // 4), last=min(2, layers // 4))
     computed = (point.design for point in single if not point.candidate.actives)
     made = {ONE_KEEP: next(computed, best), ONE_ACTIVE: best}
     if made[ONE_KEEP] == best:
         del made[ONE_ACTIVE]
-    quarter = tuner.planner.num_layers // 4
-    profile = Profile(first=min(3, quarter), last=min(2, quarter))
-    return {**made, ENDS_DENSE: replace(best, profile=profile)}
+    tried = [replace(point.design, profile=ends) for point in single[:ENDS_TRIED]]
+    found = [one for one in tuner.points([(design, share) for design in tried], ENDS_DENSE) if one]
+    if found:
+        made[ENDS_DENSE] = min(found, key=lambda point: point.loss.mean).design
+    return made
 
 
 def _closest(points: Sequence[Point], goal: Goal) -> Point:
