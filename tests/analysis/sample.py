@@ -12,6 +12,7 @@ from coreinfer.analysis.sections import Chart, Figure, Table
 from coreinfer.analysis.settings import Settings
 from coreinfer.analysis.texts import Source
 from coreinfer.backends.hf.session import HfBackend
+from tests.calibration.stores import random_store
 from tests.tiny import tiny_backend
 
 STORIES = tuple(
@@ -37,9 +38,15 @@ SMALL = Settings(
 )
 
 
-def materials(work: Path, settings: Settings = SMALL, model: str = "llama") -> Materials:
+def materials(
+    work: Path, settings: Settings = SMALL, model: str = "llama", *, calibrated: bool = False
+) -> Materials:
     backend = tiny_backend(model)
-    return Materials(lambda: backend, SOURCES, settings, work)
+    calibration = None
+    if calibrated:
+        sizes = backend.cost.num_neurons
+        calibration = random_store(sizes=sizes, hidden=32, fingerprint=backend.fingerprint)
+    return Materials(lambda: backend, SOURCES, settings, work, calibration=calibration)
 
 
 class Counting:

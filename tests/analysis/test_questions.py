@@ -16,7 +16,7 @@ from coreinfer.analysis.digits import Recurrent, digits
 from coreinfer.analysis.grid import Grid
 from coreinfer.analysis.layers import Layers, given_out
 from coreinfer.analysis.long_generation import courses
-from coreinfer.analysis.materials import Materials
+from coreinfer.analysis.materials import CALIBRATED, HALF_ACTIVE, Materials
 from coreinfer.analysis.prompt_length import PromptLength, kinds
 from coreinfer.analysis.question import Answer
 from coreinfer.analysis.robustness import Robustness
@@ -104,14 +104,31 @@ def test_prompt_length_keeps_all_rules_at_one_density(tmp_path: Path) -> None:
     sane(answer)
     for name, places in (("lengths", len(SMALL.lengths)), ("coherence", 4)):
         found = table_of(answer, name)
-        assert len(found) == places * 6
-        assert len({row["density"] for row in found}) == 1
+        assert len(found) == places * 7
+        whole = [row for row in found if row["rule"] != HALF_ACTIVE]
+        assert len({row["density"] for row in whole}) == 1
+        for row in found:
+            if row["rule"] == HALF_ACTIVE:
+                assert row["density"] > whole[0]["density"]
     whole = materials(tmp_path)
     longest = whole.interleaved()
     for name, windows in kinds(whole, longest).items():
         assert [w.continuation for w in windows] == [w.continuation for w in longest], name
     assert "4 topics mixed" in kinds(whole, longest)
     assert "2 topics mixed" in kinds(whole, longest[:2])
+
+
+def test_rules_read_the_same_bytes_and_include_those_of_a_calibration(tmp_path: Path) -> None:
+    made = materials(tmp_path, calibrated=True)
+    rules = made.rules(["stability", "impact"])
+    assert list(rules) == ["stability", "impact", HALF_ACTIVE, CALIBRATED]
+    results = made.measure(made.interleaved(), rules)
+    read = {name: results[name].summary()["bytes_per_token"] for name in rules}
+    assert read["stability"] == read["impact"]
+    # How many neurons a token skips is known from the prompt alone.
+    assert read[HALF_ACTIVE] == pytest.approx(read["impact"], rel=0.05)
+    assert read[CALIBRATED] > read["impact"]  # its map is read too
+    assert CALIBRATED not in materials(tmp_path).rules([])
 
 
 def test_layers_measure_each_layer_alone(tmp_path: Path) -> None:
@@ -199,7 +216,7 @@ def test_pairs_fall_into_equal_parts_by_cosine() -> None:
 
 
 def test_robustness_measures_every_part(tmp_path: Path) -> None:
-    answer = Robustness().ask(materials(tmp_path))
+    answer = Robustness().ask(materials(tmp_path, calibrated=True))
     sane(answer)
     names = [figure.table.name for figure in answer.figures]
     assert names == ["domain-shift", "long-generation", "noise", "topic", "short"]

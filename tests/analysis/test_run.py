@@ -13,6 +13,7 @@ from coreinfer.analysis.sections import Section
 from coreinfer.analysis.settings import Settings
 from coreinfer.errors import UserError
 from tests.analysis.sample import SMALL, SOURCES, Counting, loads
+from tests.calibration.stores import random_store as random_calibration
 from tests.semantics.stores import random_store
 from tests.tiny import tiny_backend
 
@@ -132,8 +133,11 @@ def test_a_store_for_another_model_is_refused(tmp_path: Path) -> None:
     question = Counting()
     with pytest.raises(UserError, match="store of 'tiny' is for none of the models"):
         analyze(TINY, [question], SOURCES, SMALL, tmp_path, stores=[random_store()])
+    other = random_calibration(model="other")
+    with pytest.raises(UserError, match="store of 'other' is for none of the models"):
+        analyze(TINY, [question], SOURCES, SMALL, tmp_path, calibrations=[other])
     assert question.asked == 0  # nothing is measured for nothing
-    with pytest.raises(UserError, match="none of these questions takes a cluster store"):
+    with pytest.raises(UserError, match="none of these questions takes a store"):
         analyze({}, [QUESTIONS["beyond"]], [], SMALL, tmp_path, stores=[random_store()])
 
 

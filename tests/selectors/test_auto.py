@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coreinfer.errors import UserError
-from coreinfer.selectors import Auto, Evidence, Similarity, Stability
+from coreinfer.selectors import Auto, Evidence, Similarity, Stability, Static
 from coreinfer.semantics.encoders import CoreEncoder, HiddenEncoder, SentenceEncoder
 from tests.selectors.evidence import Prompt, best, prompt
 from tests.semantics.stores import random_store
@@ -121,20 +121,25 @@ def test_choice_trusts_a_prompt_that_is_long_and_stable(
     assert sets_of(auto, evidence) == sets_of(other, evidence)
 
 
-@pytest.mark.parametrize("mode", ["blend", "choice"])
 @pytest.mark.parametrize("margin", [-1e-4, 1e-4])
-def test_where_nothing_is_near_the_prompt_guides_itself(mode: str, margin: float) -> None:
+def test_where_no_cluster_is_near_the_whole_corpus_is_the_prior(margin: float) -> None:
     store, evidence = random_store(core=True), prompt(tokens=3).evidence()
     similarity = store.nearest(evidence).similarity
-    auto = Auto(clusters=store, mode=mode, min_similarity=similarity + margin)
-    notes = auto.select(evidence).notes
+    choice = Auto(clusters=store, mode="choice", min_similarity=similarity + margin)
+    notes = choice.select(evidence).notes
+    assert notes["similarity"] == pytest.approx(similarity, abs=1e-6)
+    blend = replace(choice, mode="blend")
     if margin < 0:
-        assert notes["guided_by"] in ("blend", "cluster")
+        assert notes["guided_by"] == blend.select(evidence).notes["prior"] == "cluster"
+        assert "why" not in notes
+        assert sets_of(choice, evidence) == sets_of(Similarity(clusters=store), evidence)
     else:
-        assert notes["guided_by"] == "prompt"
+        assert notes["guided_by"] == blend.select(evidence).notes["prior"] == "corpus"
         assert notes["why"] == "no cluster is near"
-        assert notes["similarity"] == pytest.approx(similarity, abs=1e-6)
-        assert sets_of(auto, evidence) == sets_of(Stability(), evidence)
+        assert sets_of(choice, evidence) == sets_of(Static(clusters=store), evidence)
+        # A prior of many tokens against three of the prompt: its set, but for ties.
+        heavy = replace(blend, prior_tokens=10**9)
+        assert sets_of(heavy, evidence) == sets_of(Static(clusters=store), evidence)
 
 
 @pytest.mark.parametrize("encoder", [SentenceEncoder(), HiddenEncoder(1), CoreEncoder(1)])

@@ -15,6 +15,7 @@ from coreinfer.analysis.sections import Cell
 from coreinfer.analysis.settings import Settings
 from coreinfer.analysis.texts import Source
 from coreinfer.backends.base import Backend
+from coreinfer.calibration.store import CalibrationStore
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Quality, Setting, Window, measure
 from coreinfer.files import replace_when_done
@@ -25,6 +26,8 @@ from coreinfer.semantics.store import ClusterStore
 from coreinfer.standins import STAND_INS
 
 ALPHA = 0.4  # of the counts where alpha is not what is varied
+CALIBRATED = "residual+calibrated"
+HALF_ACTIVE = "impact, half active"  # which keeps more neurons, for the same bytes
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Materials:
         settings: how much is measured.
         work: folder for cluster stores that are made on the way.
         clusters: the model's cluster store, where the user has one.
+        calibration: its calibration, where the user has one.
         on_progress: told what is going on.
     """
 
@@ -45,6 +49,7 @@ class Materials:
     settings: Settings
     work: Path
     clusters: ClusterStore | None = None
+    calibration: CalibrationStore | None = None
     on_progress: Callable[[str], None] = lambda _line: None
 
     @cached_property
@@ -134,10 +139,33 @@ class Materials:
         count = min(len(texts), max(2, self.settings.corpus_documents // sources))
         return [texts[i * len(texts) // count] for i in range(count)]
 
+    def rules(self, names: Sequence[str]) -> dict[str, Setting]:
+        """Rules by name, as `setting` takes them; then `impact` with half of its core neurons
+        skipped at each token, and with a calibration its own rule and stand-in."""
+        made = {name: self.setting(name, store=self.store) for name in names}
+        made[HALF_ACTIVE] = self.setting(
+            "impact", store=self.store, keep=self._keep_of_bytes(0.5), active=0.5
+        )
+        if self.calibration is not None:
+            made[CALIBRATED] = self.setting(CALIBRATED, store=self.store)
+        return made
+
+    def _keep_of_bytes(self, active: float) -> float:
+        """The keep that, with so much of it active, reads the bytes of the settings' keep."""
+        cost, layer = self.backend.cost, next(iter(self.sparse_layers), 0)
+        return min(self.settings.keep * cost.per_neuron[layer] / cost.neuron(layer, active), 1.0)
+
     def setting(
         self, name: str, keep: float | None = None, store: ClusterStore | None = None, **more: Any
     ) -> Setting:
-        """A rule by name, "impact", or with a stand-in, "impact+linear"."""
+        """A rule by name, "impact", or with a stand-in, "impact+linear".
+
+        Args:
+            name: of the rule.
+            keep: that of the settings unless given.
+            store: the cluster store to use; the materials' own unless given.
+            more: further options of the rule.
+        """
         rule_name, _, stand_in = name.partition("+")
         rule = SELECTORS[rule_name]
         takes = {field.name for field in fields(rule)}
@@ -153,7 +181,12 @@ class Materials:
             options.setdefault("alpha", store.alpha if store else ALPHA)
         if "seed" in takes:
             options.setdefault("seed", self.settings.seed)
-        return Setting(rule(**options), STAND_INS[stand_in]() if stand_in else None)
+        if "calibration" in takes:
+            options["calibration"] = self.calibration
+        if not stand_in:
+            return Setting(rule(**options))
+        calibrated = {"calibration": self.calibration} if stand_in == "calibrated" else {}
+        return Setting(rule(**options), STAND_INS[stand_in](**calibrated))
 
     def measure(
         self, windows: Sequence[Window], settings: Mapping[str, Setting]

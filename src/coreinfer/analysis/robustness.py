@@ -29,7 +29,8 @@ METHOD = (
     "all that was said read again densely. Typing errors: letters of the prompt left out, doubled, "
     "replaced or swapped. Change of topic: the continuation of another kind of text follows. "
     "Short prompts: the last few tokens before a continuation. KL is always taken between dense "
-    "and sparse decoding after the same prompt."
+    "and sparse decoding after the same prompt. All rules keep the same number of neurons, but the "
+    "one that skips half of them at each token: it keeps more, to read the same bytes."
 )
 
 
@@ -54,11 +55,10 @@ class Robustness:
 
 
 def measured(materials: Materials, windows: Sequence[Window]) -> dict[str, Quality]:
-    """All of RULES on some windows."""
-    store = materials.store
-    settings = {rule: materials.setting(rule, store=store) for rule in RULES}
+    """RULES, and what else `materials.rules` makes, on some windows."""
+    settings = materials.rules(RULES)
     results = materials.measure(windows, settings)
-    return {rule: results[rule] for rule in RULES}
+    return {rule: results[rule] for rule in settings}
 
 
 def domain_shift(materials: Materials, findings: list[str]) -> Figure:
@@ -74,8 +74,7 @@ def domain_shift(materials: Materials, findings: list[str]) -> Figure:
             f"store of {kind}": materials.setting("similarity", store=store)
             for kind, store in stores.items()
         }
-        for rule in ("stability", "impact", "random"):
-            settings[rule] = materials.setting(rule)
+        settings |= materials.rules(("stability", "impact", "random"))
         results = materials.measure(windows, settings)
         cells += [
             {"prompts": name, "core set from": key, **materials.cells(results[key])}
@@ -101,17 +100,17 @@ def domain_shift(materials: Materials, findings: list[str]) -> Figure:
 
 
 def long_generation(materials: Materials, findings: list[str]) -> Figure:
-    """KL by distance from the prompt, by policy, for the paper's rule and for impact."""
+    """KL by distance from the prompt, by policy, for the paper's rule, for impact, and for what
+    else `materials.rules` makes."""
     s = materials.settings
     tokens = s.long_tokens // s.period * s.period
     windows = materials.interleaved(continuation_tokens=tokens)
     dense_tokens = [count for count in DENSE_TOKENS if count < s.period]
     cells: list[dict[str, Cell]] = []
-    for rule in ("stability", "impact"):
+    for rule, setting in materials.rules(("stability", "impact")).items():
         materials.on_progress(f"robustness: {tokens} tokens, {rule}")
         found = courses(
-            materials.backend, windows, materials.setting(rule), period=s.period,
-            dense_tokens=dense_tokens,
+            materials.backend, windows, setting, period=s.period, dense_tokens=dense_tokens
         )  # fmt: skip
         for policy, course in found.items():
             cells += [
@@ -186,7 +185,7 @@ def topic_change(materials: Materials, findings: list[str]) -> Figure:
     for name, windows in (("goes on", same), ("changes", changed)):
         materials.on_progress(f"robustness: the topic {name}")
         results[name] = measured(materials, windows)
-    for rule in RULES:
+    for rule in results["changes"]:
         cost = difference(results["changes"][rule].kl, results["goes on"][rule].kl)
         findings.append(f"Topic changes after the prefill, {rule}: KL rises by {cost}.")
     caption = f"KL to dense where the topic goes on and where it changes; {len(same)} windows."
@@ -202,7 +201,7 @@ def short_prompts(materials: Materials, findings: list[str]) -> Figure:
         results[length] = measured(
             materials, [ending(materials.backend, w, length) for w in windows]
         )
-        best = min(RULES, key=lambda rule: fmean(results[length][rule].kl))
+        best = min(results[length], key=lambda rule: fmean(results[length][rule].kl))
         findings.append(
             f"Prompts of {length} tokens: best is {best} (KL {fmean(results[length][best].kl):.2f})"
             f", stability {fmean(results[length]['stability'].kl):.2f}, random "

@@ -30,6 +30,7 @@ from coreinfer.analysis.semantics import Semantics
 from coreinfer.analysis.settings import Settings
 from coreinfer.analysis.texts import Source, require_distinct
 from coreinfer.backends.base import Backend
+from coreinfer.calibration.store import CalibrationStore
 from coreinfer.errors import UserError, meant
 from coreinfer.files import describe_os_error, replace_when_done
 from coreinfer.semantics.store import ClusterStore
@@ -103,6 +104,7 @@ def analyze(
     out: str | Path,
     *,
     stores: Sequence[ClusterStore] = (),
+    calibrations: Sequence[CalibrationStore] = (),
     about: Mapping[str, str] | None = None,
     on_progress: Callable[[str], None] = lambda _line: None,
 ) -> list[Section]:
@@ -117,7 +119,7 @@ def analyze(
         sources: texts.
         settings: how much is measured.
         out: see `Place.of`.
-        stores: cluster stores; each model uses the one that was made for it, if there is one.
+        stores, calibrations: each model uses the one that was made for it, if there is one.
         about: what else the report should say of the run.
         on_progress: told what is going on.
 
@@ -136,16 +138,16 @@ def analyze(
     place = Place.of(out)
     facts = {**(about or {}), **environment()}
     sections: list[Section] = []
-    if stores and not models:
-        raise UserError("none of these questions takes a cluster store; leave --clusters out")
-    unused = list(stores)
-    every = _materials(models, sources, settings, place, stores, on_progress)
+    unused: list[ClusterStore | CalibrationStore] = [*stores, *calibrations]
+    if unused and not models:
+        raise UserError("none of these questions takes a store; leave it out")
+    every = _materials(models, sources, settings, place, stores, calibrations, on_progress)
     for number, materials in enumerate(every, start=1):
-        if materials.clusters in unused:
-            unused.remove(materials.clusters)
+        taken = (materials.clusters, materials.calibration)
+        unused = [store for store in unused if all(store is not one for one in taken)]
         if unused and number == len(models):
             raise UserError(
-                f"the cluster store of {unused[0].model!r} is for none of the models; leave it out"
+                f"the store of {unused[0].model!r} is for none of the models; leave it out"
             )
         for question in questions:
             if question.needs_model:
@@ -154,7 +156,7 @@ def analyze(
     for question in questions:
         if not question.needs_model:
             materials = Materials(
-                _no_model, tuple(sources), settings, place.work, None, on_progress
+                _no_model, tuple(sources), settings, place.work, None, None, on_progress
             )
             sections.append(_answer(question, materials, place.work, on_progress))
             write(place, _in_order(sections, questions), facts)
@@ -167,11 +169,13 @@ def _materials(
     settings: Settings,
     place: Place,
     stores: Sequence[ClusterStore],
+    calibrations: Sequence[CalibrationStore],
     on_progress: Callable[[str], None],
 ) -> Iterator[Materials]:
     for load in models.values():
         backend = load()
-        own = [one for one in stores if one.model_fingerprint == backend.fingerprint]
+        own = (one for one in stores if one.model_fingerprint == backend.fingerprint)
+        learnt = (one for one in calibrations if one.model_fingerprint == backend.fingerprint)
         last = len(backend.cost.num_neurons) - 1
         for layer in settings.dense_layers:
             if layer > last:
@@ -180,7 +184,7 @@ def _materials(
                 )
         yield Materials(
             lambda backend=backend: backend,  # type: ignore[misc]
-            tuple(sources), settings, place.work, own[0] if own else None, on_progress,
+            tuple(sources), settings, place.work, next(own, None), next(learnt, None), on_progress,
         )  # fmt: skip
 
 
@@ -193,7 +197,7 @@ def _answer(
 ) -> Section:
     """The answer, from an earlier run if it was asked just like this."""
     backend = materials.backend if question.needs_model else None
-    clusters = materials.clusters
+    clusters, calibration = materials.clusters, materials.calibration
     asked: dict[str, Any] = {
         "question": question.name,
         "version": [__version__, _code()],
@@ -203,6 +207,7 @@ def _answer(
         "settings": materials.settings.describe(),
         "sources": [[source.name, dict(source.identity)] for source in materials.sources],
         "clusters": None if clusters is None else clusters.describe(),
+        "calibration": None if calibration is None else calibration.describe(),
     }
     subject = "" if backend is None else backend.model_name
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]

@@ -58,6 +58,14 @@ def add_parser(verbs: Any) -> None:
         "(default: one is made of the second half of the texts)",
     )
     what.add_argument(
+        "--calibration",
+        action="append",
+        default=[],
+        metavar="STORE",
+        help="calibration store of a model, made by 'coreinfer calibrate': prompt-length and "
+        "robustness then ask of its rule and stand-in too; may be given several times",
+    )
+    what.add_argument(
         "--out",
         required=True,
         metavar="PLACE",
@@ -141,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.analysis.run import Place, analyze, questions_named
     from coreinfer.analysis.settings import Settings
     from coreinfer.analysis.texts import prompts_source, text_source
+    from coreinfer.calibration.store import CalibrationStore
     from coreinfer.semantics.store import ClusterStore
 
     questions = questions_named(args.questions)
@@ -149,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
     sources = [text_source(spec) for spec in args.text]
     sources += [prompts_source(spec) for spec in args.prompts]
     stores = [ClusterStore.load(path) for path in args.clusters]
+    calibrations = [CalibrationStore.load(path) for path in args.calibration]
     asks_models = any(question.needs_model for question in questions)
     models = (args.model or [options.DEFAULT_MODEL]) if asks_models else []
     sections = analyze(
@@ -158,6 +168,7 @@ def run(args: argparse.Namespace) -> int:
         settings,
         args.out,
         stores=stores,
+        calibrations=calibrations,
         about={"command": " ".join(["coreinfer", *map(shlex.quote, sys.argv[1:])])},
         on_progress=note,
     )

@@ -1,4 +1,4 @@
-"""Auto: the prompt's own core neurons, the nearest cluster's, or a blend of both."""
+"""Auto: the prompt's own core neurons, a corpus', or a blend of both."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ MODES = ("blend", "choice")
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Selector):
-    """Measures how stable the prompt's own core neurons are; if they are not, leans on a cluster.
+    """Measures how stable the prompt's own core neurons are; if they are not, leans on a corpus.
 
     The stability s is the mean Jaccard overlap, over the sparse layers, of the sets chosen from
-    the first and from the second half of the prompt's S tokens. The nearest cluster has summed its
-    counts over S_c tokens.
+    the first and from the second half of the prompt's S tokens. The prior is the nearest cluster,
+    or the whole corpus where no cluster is near (cosine to the nearest centroid below
+    `min_similarity`); its counts were summed over S_c tokens.
 
-    - nothing near (cosine to the nearest centroid below `min_similarity`): the prompt's own counts.
     - `choice`: the prompt's own counts if S >= `prior_tokens` and s >= `min_stability`, else the
-      cluster's.
-    - `blend`: counts of the prompt + lambda * counts of the cluster, lambda =
-      (1 - s) * prior_tokens / S_c. The cluster then weighs as much as `prior_tokens` tokens of a
+      prior's.
+    - `blend`: counts of the prompt + lambda * counts of the prior, lambda =
+      (1 - s) * prior_tokens / S_c. The prior then weighs as much as `prior_tokens` tokens of a
       wholly unstable prompt: a short prompt is guided by similarity, a long one by stability.
 
     Args:
         clusters: a cluster store made for this model; its alpha is used for the prompt too.
         mode: "blend" or "choice".
-        prior_tokens: how many tokens of prompt outweigh the cluster, at least 1.
+        prior_tokens: how many tokens of prompt outweigh the prior, at least 1.
         min_stability: s from which `choice` trusts the prompt, 0 to 1.
         min_similarity: cosine below which no cluster counts as near, -1 to 1; None for that of the
             store's encoder, for each has its own scale.
@@ -85,18 +85,20 @@ class Auto(Selector):
         nearest = self.clusters.nearest(evidence)
         stability = self.stability(evidence)
         notes = {**nearest.describe(), "stability": stability}
-        if nearest.similarity < self.nearness:
-            return evidence.layers, {**notes, "guided_by": "prompt", "why": "no cluster is near"}
-        cluster = self.clusters.statistics(nearest.cluster)
+        if nearest.similarity >= self.nearness:
+            prior, name = self.clusters.statistics(nearest.cluster), "cluster"
+        else:
+            prior, name = self.clusters.corpus_statistics(), "corpus"
+            notes["why"] = "no cluster is near"
         if self.mode == "choice":
             trusted = evidence.tokens >= self.prior_tokens and stability >= self.min_stability
-            chosen = evidence.layers if trusted else cluster
-            return chosen, {**notes, "guided_by": "prompt" if trusted else "cluster"}
-        weight = (1.0 - stability) * self.prior_tokens / max(cluster[0].tokens, 1)
+            chosen = evidence.layers if trusted else prior
+            return chosen, {**notes, "guided_by": "prompt" if trusted else name}
+        weight = (1.0 - stability) * self.prior_tokens / max(prior[0].tokens, 1)
         blended = [
-            own + near.scaled(weight) for own, near in zip(evidence.layers, cluster, strict=True)
+            own + other.scaled(weight) for own, other in zip(evidence.layers, prior, strict=True)
         ]
-        return blended, {**notes, "guided_by": "blend", "lambda": weight}
+        return blended, {**notes, "guided_by": "blend", "prior": name, "lambda": weight}
 
     def stability(self, evidence: Evidence) -> float:
         """Mean overlap of the sets of the prompt's two halves; 0 where a half has no token."""
