@@ -137,6 +137,7 @@ def test_contexts_that_are_cut_are_pointed_out(cli: Cli, usual: list[Any]) -> No
         (["--tasks", "piqa", "--few-shot", "4"], "piqa takes 4 examples from its own file"),
         (["--tasks", "piqa", "--few-shot", "two"], "'two' is not a whole number"),
         (["--tasks", "piqa", "--rules", "papr"], "no rule 'papr'; did you mean 'paper'"),
+        (["--tasks", "piqa", "--rules", "given"], "no rule is given; --selector or a settings"),
         (["--tasks", "piqa", "--rules", "static"], "the rule static needs --calibration STORE or"),
         (["--tasks", "piqa", "--beta", "2"], "beta must be above 0 and at most 1"),
         (["--tasks", "piqa", "--dense-layers", "7"], "dense layer 7 is outside the model"),
@@ -144,7 +145,6 @@ def test_contexts_that_are_cut_are_pointed_out(cli: Cli, usual: list[Any]) -> No
         (["--tasks", "piqa", "--out", "none/x.json"], "there is no such folder"),
         (["--tasks", "piqa", "--data-dir", "none"], "no file 'piqa_valid.jsonl' in 'none'"),
         (["--tasks", "kl", "--text", "none.txt"], "no file at 'none.txt'"),
-        (["--tasks", "piqa", "--selector", "impact"], "unrecognized arguments: --selector impact"),
         ([], "the following arguments are required: --tasks"),
     ],
 )
@@ -165,6 +165,29 @@ def test_settings_come_from_a_file(cli: Cli, usual: list[Any], tmp_path: Path) -
     config.write_text('beta = 0.25\nselector = "griffin"\nrules = ["griffin"]\n')
     done = cli("eval", *usual, "--tasks", "piqa", "--limit", 1, "--config", config, "--json")
     assert json.loads(done.out)["rules"]["griffin"]["selector"]["beta"] == 0.25
+
+
+def test_a_settings_file_that_names_a_rule_is_what_is_evaluated(
+    cli: Cli, usual: list[Any], tmp_path: Path
+) -> None:
+    """With all that it says: what `tune` found is what is scored."""
+    config = tmp_path / "tuned.toml"
+    config.write_text(
+        'selector = "griffin"\nstand-in = "linear"\nrank = 3\nridge = 2.0\ndense-layers = [0]\n'
+        '[budgets]\n"1" = 0.25\n"2" = 0.75\n[active-budgets]\n"1" = 0.5\n'
+    )
+    shared = ("eval", *usual, "--tasks", "kl", "--limit", 2, "--config", config, "--json")
+    rules = json.loads(cli(*shared).out)["rules"]
+    assert list(rules) == ["dense", "griffin+linear"]
+    rule = rules["griffin+linear"]
+    assert rule["stand_in"]["rank"] == 3
+    assert rule["stand_in"]["ridge"] == 2.0
+    assert rule["selector"]["dense_layers"] == [0]
+    assert rule["selector"]["budgets"] == {"1": 0.25, "2": 0.75}
+    assert rule["selector"]["active_budgets"] == {"1": 0.5}
+    both = json.loads(cli(*shared, "--rules", "paper,given").out)["rules"]
+    assert list(both) == ["dense", "stability", "griffin+linear"]
+    assert both["griffin+linear"] == rule
 
 
 @pytest.mark.parametrize("given", ["selector=impact,beta=0.5,stand_in=none,dense_layers=0+2", {}])

@@ -48,8 +48,18 @@ def add_parser(verbs: Any) -> None:
         type=names,
         metavar="LIST",
         help="paper (stability, the others dropped), best (residual+calibrated with --calibration, "
-        "else impact+linear), SELECTOR or SELECTOR+STAND_IN; dense is always there "
-        "(default: dense,paper,best,random,static)",
+        "else impact+linear), given (see --selector), SELECTOR or SELECTOR+STAND_IN; dense is "
+        "always there (default: dense,paper,best,random,static; where a rule is given, that one)",
+    )
+    what.add_argument(
+        "--selector",
+        choices=options.SELECTOR_NAMES,
+        help="of the rule 'given', as a settings file of tune has it (default: none is given)",
+    )
+    what.add_argument(
+        "--stand-in",
+        choices=options.STAND_IN_NAMES,
+        help="of the rule 'given' (default: none)",
     )
     what.add_argument(
         "--limit",
@@ -152,10 +162,22 @@ def _rules(args: argparse.Namespace) -> tuple[dict[str, Rule], dict[str, str]]:
     """The rules by name, and those that are left out with what they lack."""
     from coreinfer.evaluation.continuations import Setting
     from coreinfer.evaluation.local import digest_of
-    from coreinfer.evaluation.rules import BASELINE, DEFAULT_RULES, Rule, rule_names
+    from coreinfer.evaluation.rules import (
+        BASELINE,
+        DEFAULT_RULES,
+        GIVEN,
+        Rule,
+        RuleName,
+        rule_names,
+    )
 
     has = {name: getattr(args, name) is not None for name in ("clusters", "calibration")}
-    wanted = rule_names(args.rules or DEFAULT_RULES, calibration=has["calibration"])
+    given = None if args.selector is None else RuleName(args.selector, args.stand_in or "none")
+    wanted = rule_names(
+        args.rules or (DEFAULT_RULES if given is None else (GIVEN,)),
+        calibration=has["calibration"],
+        given=given,
+    )
     left_out = {str(rule): lack for rule in wanted if (lack := rule.lacks(**has)) is not None}
     ready = [rule for rule in wanted if str(rule) not in left_out]
     if [str(rule) for rule in ready] == [BASELINE] and left_out:

@@ -15,6 +15,7 @@ from coreinfer.standins import STAND_INS
 
 BASELINE = "dense"
 DEFAULT_RULES = ("dense", "paper", "best", "random", "static")
+GIVEN = "given"  # the rule that --selector and --stand-in name
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,26 @@ class Rule:
         return key_of(self.describe())
 
 
-def rule_names(names: Sequence[str], *, calibration: bool) -> list[RuleName]:
+def rule_names(
+    names: Sequence[str], *, calibration: bool, given: RuleName | None = None
+) -> list[RuleName]:
     """Rules by name, each once, dense decoding first: it is what the others are compared with.
 
     Args:
         names: "paper" (stability, dropping), "best" (residual+calibrated with a calibration, else
-            impact+linear), or SELECTOR, or SELECTOR+STAND_IN.
+            impact+linear), "given", or SELECTOR, or SELECTOR+STAND_IN.
         calibration: whether a calibration is given.
+        given: the rule that the user's settings name, if they name one.
 
     Raises:
         UserError: for another name.
     """
     best = RuleName("residual", "calibrated") if calibration else RuleName("impact", "linear")
     short = {"paper": RuleName("stability"), "best": best}
+    if given is not None:
+        short[GIVEN] = given
+    elif GIVEN in names:
+        raise UserError("no rule is given; --selector or a settings file that names one would do")
     selectors = [*short, *SELECTORS]
     found = {BASELINE: RuleName(BASELINE)}
     for name in names:
