@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -152,9 +152,12 @@ def work_folder(
     """
     lock = FileLock(path / LOCK)
     try:
-        path.mkdir(exist_ok=True)
-        _require_ours(path, stages, also)
-        lock.acquire(timeout=0)
+        while not lock.is_locked:
+            path.mkdir(exist_ok=True)
+            _require_ours(path, stages, also)
+            lock.acquire(timeout=0)
+            if not (path / LOCK).exists():  # of a folder that a run has removed as it ended
+                lock.release()
         for leftover in path.glob(".*.partial"):  # of a checkpoint that was being written
             shutil.rmtree(leftover, ignore_errors=True)
     except Timeout:
@@ -170,10 +173,20 @@ def work_folder(
         done = True
     finally:
         begun = work.has_checkpoint or any((path / name).exists() for name in also)
-        keep = begun and not done
+        if done or not begun:
+            _remove(path)
         lock.release()
-        if not keep:
-            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a work folder, the lock last: another run may begin anew as soon as that is gone."""
+    for entry in path.glob("*"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != LOCK:
+            with suppress(OSError):
+                entry.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _require_ours(path: Path, stages: Sequence[str], also: Sequence[str]) -> None:
