@@ -20,6 +20,7 @@ from coreinfer.runtime.generation import prefill
 from coreinfer.semantics.work import WorkFolder
 from tests.calibration.stores import build
 from tests.interrupting import files, interrupt
+from tests.semantics.corpora import build as build_clusters
 from tests.semantics.corpora import documents, write_corpus
 from tests.tiny import BOS, tiny_backend
 
@@ -81,6 +82,21 @@ def test_what_is_built_is_written(tmp_path: Path, corpus: Path) -> None:
     assert read.corpus["documents"] == DOCUMENTS
     assert read.model_fingerprint == tiny_backend().fingerprint
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]  # the work folder is gone
+
+
+def test_what_a_killed_save_has_left_is_removed_and_what_others_write_is_not(
+    tmp_path: Path, corpus: Path
+) -> None:
+    out = tmp_path / "s"
+    build_clusters(tiny_backend(), corpus, out)
+    for killed in (tmp_path / ".s", out / ".calibration.safetensors", out / ".clusters.json"):
+        killed.with_name(f"{killed.name}.abcd_123.partial").mkdir()
+    build(tiny_backend(), corpus, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    assert [p.name for p in out.glob(".*")] == [".clusters.json.abcd_123.partial"]
+    build_clusters(tiny_backend(), corpus, out)
+    assert not list(out.glob(".*"))
+    assert CalibrationStore.load(out).rank == 6
 
 
 def test_layer_errors_fall_to_nothing(tmp_path: Path, corpus: Path) -> None:

@@ -84,8 +84,10 @@ def test_info_describes_it_alone_and_beside_clusters(cli: Cli, store: Path) -> N
     assert "rank: 6" in cli("info", store).out
     random_clusters().save(store.parent / "both")
     CalibrationStore.load(store).save(store.parent / "both")
-    both = json.loads(cli("info", store.parent / "both", "--json").out)
-    assert (both["clusters"]["hidden_size"], both["calibration"]["rank"]) == (4, 6)
+    random_clusters().save(store)
+    for folder in (store.parent / "both", store):
+        both = json.loads(cli("info", folder, "--json").out)
+        assert (both["clusters"]["hidden_size"], both["calibration"]["rank"]) == (4, 6)
 
 
 @pytest.mark.parametrize("option", [("--selector", "residual"), ("--stand-in", "calibrated")])

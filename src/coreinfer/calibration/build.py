@@ -22,7 +22,7 @@ from tqdm import tqdm
 from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfBackend
 from coreinfer.calibration.errors import measure_errors
-from coreinfer.calibration.store import CalibrationStore, require_place
+from coreinfer.calibration.store import NAME, CalibrationStore
 from coreinfer.calibration.sums import (
     BasisSums,
     PredictionSums,
@@ -35,8 +35,8 @@ from coreinfer.calibration.training import train
 from coreinfer.calibration.written import write_corpus
 from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.core.statistics import LayerStatistics
+from coreinfer.core.stores import remove_store_leftovers, require_place
 from coreinfer.errors import UserError, require_ratio, require_whole
-from coreinfer.files import remove_leftovers
 from coreinfer.jsonl import OnSkip
 from coreinfer.recording import RecordingPlan
 from coreinfer.semantics.corpus import corpus_identity, read_corpus
@@ -169,7 +169,7 @@ def calibrate(
         if corpus is not None and corpus_identity(path) != identity:
             raise UserError(f"{str(corpus)!r} was changed while it was read; start again")
         store.save(out)
-        remove_leftovers(out)  # of a run that was killed while it saved
+        remove_store_leftovers(out, NAME)  # of a run that was killed while it saved
     return store
 
 
