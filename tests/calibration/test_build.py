@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfSession
+from coreinfer.calibration import written
 from coreinfer.calibration.build import CalibrationSettings, memory_needed
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.calibration.training import Trainer
@@ -165,6 +167,52 @@ def test_a_model_writes_the_same_corpus_in_one_go_or_two(tmp_path: Path) -> None
     other = tmp_path / "c"
     write_own(backend, other, 256, 6, progress=False)
     assert other.read_bytes() not in whole.read_bytes()
+
+
+def test_no_more_is_written_than_is_asked_for(tmp_path: Path) -> None:
+    backend = tiny_backend()
+    write_own(backend, tmp_path / "a", 256 * 2, 5, progress=False)
+    few = (tmp_path / "a").read_bytes()
+    write_own(backend, tmp_path / "a", 256 * 3, 5, progress=False)
+    write_own(backend, tmp_path / "a", 256 * 2, 5, progress=False)
+    assert (tmp_path / "a").read_bytes() == few
+
+
+def test_what_another_model_or_seed_wrote_is_no_corpus_of_this_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, backend = tmp_path / "s", tiny_backend()
+    notes: list[str] = []
+    build(backend, None, tmp_path / "whole", seed=4)
+    for other in (tiny_backend(seed=1), tiny_backend()):  # another model, then another seed
+        interrupt_after_writing(other, out, monkeypatch)
+    build(backend, None, out, seed=4, on_note=notes.append)
+    assert files(out) == files(tmp_path / "whole")
+    assert sum("was written with another model, backend, dtype or seed" in n for n in notes) == 1
+
+
+def test_what_this_run_wrote_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = tiny_backend()
+    interrupt_after_writing(backend, tmp_path / "s", monkeypatch)
+    monkeypatch.setattr(written, "_batch", None)  # nothing is written again
+    build(backend, None, tmp_path / "s")
+
+
+def interrupt_after_writing(backend: Backend, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        interrupt(patched, WorkFolder, "load", 0)
+        with pytest.raises(KeyboardInterrupt):
+            build(backend, None, out)
+    assert len(list(out.with_name(f".{out.name}.calibration").glob("corpus-*.jsonl"))) == 1
+
+
+def test_tokens_that_the_model_has_not_begin_no_document(tmp_path: Path) -> None:
+    backend = tiny_backend()
+    backend.tokenizer.add_tokens([f"<{number}>" for number in range(10_000)])
+    write_own(backend, tmp_path / "a", 256 * 2, 0, progress=False)
+    assert sum(1 for _ in read_json_lines(tmp_path / "a")) == 2
 
 
 def test_a_store_needs_no_corpus(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from coreinfer.calibration.sums import (
     sketch_width,
 )
 from coreinfer.calibration.training import train
-from coreinfer.calibration.written import write_corpus
+from coreinfer.calibration.written import WRITTEN, own_corpus
 from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.core.stores import remove_store_leftovers, require_place
@@ -46,7 +46,6 @@ from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
 CHECKPOINT_SECONDS = 60.0
 CHARS_A_TOKEN = 4  # about; says how far apart the batches lie that the basis is chosen from
 STAGES = ("basis", "sums", "training")
-WRITTEN = "corpus.jsonl"  # what the model wrote, in the work folder
 KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -142,8 +141,9 @@ def calibrate(
     place = out.with_name(f".{out.name}.calibration")
     with work_folder(place, STAGES, on_note, checkpoint_seconds, also=(WRITTEN,)) as work:
         if corpus is None:
-            path = work.path / WRITTEN
-            write_corpus(backend, path, settings.own_tokens, settings.seed, on_note, progress)
+            path = own_corpus(
+                backend, work.path, settings.own_tokens, settings.seed, on_note, progress
+            )
             identity: dict[str, Any] = {
                 **corpus_identity(path),
                 "name": "written by the model",

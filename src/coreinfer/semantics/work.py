@@ -145,7 +145,7 @@ def work_folder(
     """Open or make a work folder, for one process at a time; remove it if the block succeeds.
 
     Where the block fails or is interrupted it stays, unless it has no checkpoint yet, nor one of
-    the further files that it may hold (`also`).
+    the further files that it may hold (`also`, as patterns).
 
     Raises:
         UserError: if it cannot be made or written, is in use, or is something else.
@@ -172,7 +172,7 @@ def work_folder(
         yield work
         done = True
     finally:
-        begun = work.has_checkpoint or any((path / name).exists() for name in also)
+        begun = work.has_checkpoint or any(any(path.glob(pattern)) for pattern in also)
         if done or not begun:
             _remove(path)
         lock.release()
@@ -190,9 +190,9 @@ def _remove(path: Path) -> None:
 
 
 def _require_ours(path: Path, stages: Sequence[str], also: Sequence[str]) -> None:
-    ours = {LOCK, VECTOR_FILE, *also, *(f"{stage}.safetensors" for stage in stages)}
+    ours = {LOCK, VECTOR_FILE, ".*.partial", *also, *(f"{stage}.safetensors" for stage in stages)}
     for entry in path.iterdir():
-        if entry.name not in ours and not entry.match(".*.partial"):
+        if not any(entry.match(pattern) for pattern in ours):
             raise UserError(
                 f"{str(path)!r} is needed for unfinished work, but has a file {entry.name!r} of "
                 "something else; move it away, or choose another path"
