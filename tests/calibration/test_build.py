@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from coreinfer.backends.hf.session import HfSession
 from coreinfer.calibration import written
 from coreinfer.calibration.build import CalibrationSettings, memory_needed
 from coreinfer.calibration.store import CalibrationStore
+from coreinfer.calibration.sums import BasisSums
 from coreinfer.calibration.training import Trainer
 from coreinfer.calibration.written import write_corpus as write_own
 from coreinfer.errors import UserError
@@ -75,6 +79,66 @@ def test_batches_do_not_matter(tmp_path: Path, corpus: Path) -> None:
     torch.testing.assert_close(
         one.layer_errors.errors, two.layer_errors.errors, rtol=0.05, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 16])
+def test_the_basis_is_of_all_lengths_whatever_the_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    # Of 32 batches that are sorted by length, every 32nd is the shortest.
+    path = write_corpus(tmp_path / "c.jsonl", ["x" * (2 + i * 7 % 60) for i in range(512)])
+    read: list[int] = []
+
+    def stop(sums: BasisSums, _rank: int) -> None:
+        read.append(sums.tokens)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BasisSums, "basis", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_backend(), path, tmp_path / "s", batch_size=batch_size, max_tokens=64,
+              basis_tokens=500)  # fmt: skip
+    assert read == [pytest.approx(500, rel=0.1)]
+
+
+def test_every_bad_line_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join(['"abc cab"', "{broken", '"xyz zyx"', '{"title": 1}', '"123 321"']))
+    problems: list[str] = []
+    store = build(tiny_backend(), path, tmp_path / "s", on_skip=problems.append)
+    assert [f"line {n} " in one for n, one in zip((2, 4), problems, strict=True)] == [True] * 2
+    assert store.corpus["documents"] == 3
+
+
+def test_too_short_documents_are_refused_before_any_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_corpus(tmp_path / "c.jsonl", ["abc", "ab"])
+    interrupt(monkeypatch, HfSession, "prefill", 0)
+    with pytest.raises(UserError, match="has no document of 4 tokens or more"):
+        build(tiny_backend(), path, tmp_path / "s")
+
+
+def test_progress_is_in_documents_also_where_it_goes_on(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(WorkFolder, "is_due", property(lambda _self: True))
+    with monkeypatch.context() as patched:
+        interrupt(patched, HfSession, "prefill", 4)  # of them the first asks for the anatomy
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny_backend(), corpus, tmp_path / "s", batch_size=BATCH)
+    notes: list[str] = []
+    build(
+        tiny_backend(), corpus, tmp_path / "s", batch_size=BATCH, progress=True,
+        on_note=notes.append,
+    )  # fmt: skip
+    assert "going on with the basis after 12 of 22 documents" in notes
+    drawn = re.findall(r"(basis|summing):[^\r]*? (\d+)/(\d+) ", stderr.getvalue())
+    for what, first in (("basis", 12), ("summing", 0)):
+        done = [(int(n), total) for name, n, total in drawn if name == what]
+        assert (done[0], done[-1]) == ((first, "22"), (22, "22"))
 
 
 def test_what_is_built_is_written(tmp_path: Path, corpus: Path) -> None:

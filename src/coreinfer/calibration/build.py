@@ -1,8 +1,8 @@
 """Building a calibration store: a corpus of any size in a bounded amount of memory.
 
-First the basis, from a part of the corpus; then the one pass over all of it, which sums
-what the predictions and the priors are made from; then training, if it is asked for; then what each
-layer loses, on a few documents.
+First its tokens are counted, and the basis is made from a share of its documents; then the one pass
+over all of it sums what the predictions and the priors are made from; then comes training, if it is
+asked for, and what each layer loses, on a few documents.
 An interrupted build goes on from its last checkpoint.
 """
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfBackend
+from coreinfer.calibration.corpus import CalibrationCorpus
 from coreinfer.calibration.errors import measure_errors
 from coreinfer.calibration.store import NAME, CalibrationStore
 from coreinfer.calibration.sums import (
@@ -39,12 +40,11 @@ from coreinfer.core.stores import remove_store_leftovers, require_place
 from coreinfer.errors import UserError, require_ratio, require_whole
 from coreinfer.jsonl import OnSkip
 from coreinfer.recording import RecordingPlan
-from coreinfer.semantics.corpus import corpus_identity, read_corpus
+from coreinfer.semantics.corpus import corpus_identity
 from coreinfer.semantics.reading import Skips, TokenCorpus, TokenDocument
 from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
 
 CHECKPOINT_SECONDS = 60.0
-CHARS_A_TOKEN = 4  # about; says how far apart the batches lie that the basis is chosen from
 STAGES = ("basis", "sums", "training")
 KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -152,7 +152,13 @@ def calibrate(
         else:
             path = Path(corpus)
             identity = corpus_identity(path)
-        build = _Build(backend, path, settings, work, Skips(on_skip), on_note, progress)
+        # A context that is full would leave no room for the answer on which errors are measured.
+        most = min(settings.max_tokens, (backend.context_length or settings.max_tokens + 1) - 1)
+        reader = TokenCorpus(
+            path, backend.tokenizer, most, settings.batch_size, settings.min_chars, Skips(on_skip)
+        )
+        counted = CalibrationCorpus.counted(reader, progress)
+        build = _Build(backend, counted, settings, work, on_note, progress)
         made_with = {
             "model_fingerprint": backend.fingerprint,
             "backend": backend.name,
@@ -179,18 +185,13 @@ class _Build:
     def __init__(
         self,
         backend: Backend,
-        path: Path,
+        corpus: CalibrationCorpus,
         settings: CalibrationSettings,
         work: WorkFolder,
-        skips: Skips,
         on_note: Callable[[str], None],
         progress: bool,
     ) -> None:
-        # A context that is full would leave no room for the answer on which errors are measured.
-        most = min(settings.max_tokens, (backend.context_length or settings.max_tokens + 1) - 1)
-        self._reader = TokenCorpus(
-            path, backend.tokenizer, most, settings.batch_size, settings.min_chars, skips
-        )
+        self._corpus = corpus
         self._backend = backend
         self._settings = settings
         self._work = work
@@ -217,7 +218,7 @@ class _Build:
             sums[layer].add(x, h)
 
         found = self._work.load("basis", made_with)
-        state = {"batches": 0, "complete": False}
+        state = {"batches": 0, "documents": 0, "complete": False}
         if found:
             state = dict(found.state)
             if state["complete"]:
@@ -229,18 +230,16 @@ class _Build:
             for one in sums:
                 one.tokens = int(state["tokens"])
         plan = RecordingPlan(observer=observe)
-        with self._bar("basis", state["batches"]) as bar:
-            for batch in islice(self._batches(), state["batches"], None, self._stride):
-                if sums[0].tokens >= self._settings.basis_tokens:
-                    break
+        share = min(1.0, self._settings.basis_tokens / self._corpus.tokens)
+        with self._bar("basis", state["documents"], self._corpus.documents_of(share)) as bar:
+            for batch in islice(self._corpus.batches(share), state["batches"], None):
                 self._prefill(batch, plan)
-                state["batches"] += self._stride
+                state["batches"] += 1
+                state["documents"] += len(batch)
                 state["tokens"] = sums[0].tokens
                 bar.update(len(batch))
                 if self._work.is_due:
                     self._work.save("basis", made_with, Checkpoint(state, flat(sums)))
-        if not sums[0].tokens:
-            raise UserError(f"{str(self._reader.path)!r} has no document with a token to read")
         made = [one.basis(rank) for one in sums]
         tensors = {f"mean.{layer}": mean for layer, (mean, _) in enumerate(made)}
         tensors |= {f"basis.{layer}": basis for layer, (_, basis) in enumerate(made)}
@@ -270,8 +269,8 @@ class _Build:
             sums[layer].add(x, h)
 
         plan = RecordingPlan(alpha=self._settings.alpha, input_sums=True, observer=observe)
-        with self._bar("summing", state["documents"]) as bar:
-            for batch in islice(self._batches(), state["batches"], None):
+        with self._bar("summing", state["documents"], self._corpus.documents) as bar:
+            for batch in islice(self._corpus.batches(), state["batches"], None):
                 for layers in self._prefill(batch, plan):
                     priors = [a + b for a, b in zip(priors, layers, strict=True)]
                 state = {
@@ -285,7 +284,6 @@ class _Build:
                     tensors = flat(sums) | _flat_priors(priors)
                     self._work.save("sums", made_with, Checkpoint(state, tensors))
         self._work.save("sums", made_with, Checkpoint(state, flat(sums) | _flat_priors(priors)))
-        self._reader.skips.pass_done()
         predictions = []
         for one, prior in zip(sums, priors, strict=True):
             prediction, prior.residual_sum = one.prediction(prior)
@@ -316,7 +314,7 @@ class _Build:
         return train(
             differentiable,
             store,
-            lambda: (document.ids for document in self._reader.documents()),
+            lambda: (document.ids for document in self._corpus.read()),
             settings.train_steps,
             settings.seed,
             done=0 if found is None else int(found.state["steps"]),
@@ -327,33 +325,8 @@ class _Build:
 
     def measured(self, store: CalibrationStore) -> CalibrationStore:
         """With what each layer loses."""
-        documents = self._spread(int(store.corpus["documents"]))
+        documents = self._corpus.long_ones(self._settings.error_documents)
         return measure_errors(self._backend, store, documents, KEEPS, self._progress)
-
-    def _batches(self) -> Iterator[list[TokenDocument]]:
-        """Of documents with a token that counts: the first one may be a BOS token."""
-        for batch in self._reader.batches():
-            if usable := [document for document in batch if len(document.ids) > 1]:
-                yield usable
-
-    @cached_property
-    def _stride(self) -> int:
-        """Every so many batches make about `basis_tokens` tokens."""
-        found = read_corpus(self._reader.path, on_skip=lambda _problem: None)
-        most = CHARS_A_TOKEN * self._reader.max_tokens
-        tokens = sum(min(len(document.text), most) for document in found) // CHARS_A_TOKEN
-        return max(1, tokens // self._settings.basis_tokens)
-
-    def _spread(self, documents: int) -> list[list[int]]:
-        """Token ids of documents that are long enough, evenly spread over the corpus."""
-        wanted = self._settings.error_documents
-        step = max(1, documents // (2 * wanted))
-        long = (
-            document.ids
-            for document in islice(self._reader.documents(), 0, None, step)
-            if len(document.ids) >= 4
-        )
-        return sorted(islice(long, 2 * wanted), key=len)[-wanted:]
 
     @cached_property
     def _anatomy(self) -> tuple[list[tuple[int, int]], Callable[[int], Tensor]]:
@@ -372,11 +345,12 @@ class _Build:
         session.prefill(token_ids)
         return session.evidence()
 
-    def _bar(self, what: str, done: int) -> Any:
+    def _bar(self, what: str, done: int, total: int) -> Any:
         if done:
-            self._on_note(f"going on with the {what} after {done}")
+            self._on_note(f"going on with the {what} after {done} of {total} documents")
         # None is tqdm's "unless stderr is no terminal".
-        return tqdm(desc=what, unit="doc", initial=done, disable=None if self._progress else True)
+        disable = None if self._progress else True
+        return tqdm(desc=what, unit="doc", initial=done, total=total, disable=disable)
 
 
 _PRIORS = ("counts", "positive_sum", "square_sum", "unit_square_sum", "input_sum")
