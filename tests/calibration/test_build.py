@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfSession
@@ -44,9 +45,9 @@ def test_the_store_says_what_all_tokens_at_once_say(
 ) -> None:
     backend = tiny_backend(family)
     store = build(backend, corpus, tmp_path / "s", batch_size=BATCH)
-    seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def observe(layer: int, x: torch.Tensor, h: torch.Tensor) -> None:
+    def observe(layer: int, x: Tensor, h: Tensor) -> None:
         seen.setdefault(layer, []).append((x.double(), h.double()))
 
     for text in documents(DOCUMENTS):
@@ -334,6 +335,12 @@ def test_a_bos_token_is_not_learnt_from() -> None:
     assert shown == [3, 3, 3]
 
 
+def residual_of(store: CalibrationStore, layer: int) -> Tensor:
+    left = store.statistics[layer].residual_sum
+    assert left is not None
+    return left
+
+
 def test_training_is_a_stage_that_goes_on(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +351,17 @@ def test_training_is_a_stage_that_goes_on(
     for a, b in zip(plain.predictions, whole.predictions, strict=True):
         assert torch.equal(a.basis, b.basis)
         assert not torch.equal(a.coefficients, b.coefficients)
+        assert not torch.equal(residual_of(plain, 0), residual_of(whole, 0))
+    seen: dict[int, Tensor] = {}
+
+    def observe(layer: int, x: Tensor, h: Tensor) -> None:
+        left = whole.predictions[layer].residual(x, h).double().square().sum(0)
+        seen[layer] = seen.get(layer, 0) + left
+
+    for text in documents(DOCUMENTS):
+        prefill(backend, [backend.tokenizer(text).input_ids[:40]], RecordingPlan(observer=observe))
+    for layer, left in seen.items():
+        torch.testing.assert_close(residual_of(whole, layer), left, rtol=1e-4, atol=1e-5)
     with monkeypatch.context() as patch:
         interrupt(patch, Trainer, "step", 2)
         with pytest.raises(KeyboardInterrupt):
@@ -351,5 +369,6 @@ def test_training_is_a_stage_that_goes_on(
     rest = build(backend, corpus, tmp_path / "cut", **asked)
     for a, b in zip(whole.predictions, rest.predictions, strict=True):
         assert torch.equal(a.coefficients, b.coefficients)
+        assert torch.equal(residual_of(whole, 0), residual_of(rest, 0))
     assert torch.equal(whole.layer_errors.errors, rest.layer_errors.errors)
     assert rest.corpus["train_steps"] == 4

@@ -9,7 +9,7 @@ An interrupted build goes on from its last checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -166,11 +166,12 @@ def calibrate(
             "corpus": identity,
             **{name: value for name, value in vars(settings).items() if name != "train_steps"},
         }
-        store = build.store(build.basis(made_with), made_with, identity)
+        basis = build.basis(made_with)
+        store = build.store(basis, made_with, identity)
         if settings.train_steps:
             if differentiable is None:
                 raise ValueError("training needs the model on hf")
-            store = build.trained(store, made_with, differentiable)
+            store = build.trained(store, basis, made_with, differentiable)
         store = build.measured(store)
         if corpus is not None and corpus_identity(path) != identity:
             raise UserError(f"{str(corpus)!r} was changed while it was read; start again")
@@ -254,10 +255,7 @@ class _Build:
     ) -> CalibrationStore:
         """The pass over the whole corpus, and what is made of its sums."""
         sizes, _ = self._anatomy
-        sums = [
-            PredictionSums.zeros(mean, directions, neurons)
-            for (mean, directions), (neurons, _) in zip(basis, sizes, strict=True)
-        ]
+        sums = self._prediction_sums(basis)
         priors = [LayerStatistics.zeros(*size) for size in sizes]
         state = {"batches": 0, "documents": 0, "cut": 0}
         if found := self._work.load("sums", made_with):
@@ -300,18 +298,22 @@ class _Build:
         )
 
     def trained(
-        self, store: CalibrationStore, made_with: dict[str, Any], differentiable: HfBackend
+        self,
+        store: CalibrationStore,
+        basis: Sequence[tuple[Tensor, Tensor]],
+        made_with: dict[str, Any],
+        differentiable: HfBackend,
     ) -> CalibrationStore:
-        """With the predictions trained on what decoding loses."""
+        """With predictions trained on what decoding loses, and what they leave of the corpus."""
         settings = self._settings
-        made_with = {**made_with, "train_steps": settings.train_steps}
-        found = self._work.load("training", made_with)
+        trained_with = {**made_with, "train_steps": settings.train_steps}
+        found = self._work.load("training", trained_with)
 
         def keep(step: int, tensors: Mapping[str, Tensor]) -> None:
             if self._work.is_due or step == settings.train_steps:
-                self._work.save("training", made_with, Checkpoint({"steps": step}, tensors))
+                self._work.save("training", trained_with, Checkpoint({"steps": step}, tensors))
 
-        return train(
+        made = train(
             differentiable,
             store,
             lambda: (document.ids for document in self._corpus.read()),
@@ -322,11 +324,26 @@ class _Build:
             keep=keep,
             progress=self._progress,
         )
+        sums = self._prediction_sums(basis)
+        summed = self._work.load("sums", made_with)
+        assert summed is not None  # `store` has saved them
+        restore(sums, summed.tensors)
+        left = [
+            replace(prior, residual_sum=one.residual_sum(prediction.coefficients, prior))
+            for one, prediction, prior in zip(sums, made.predictions, made.statistics, strict=True)
+        ]
+        return replace(made, statistics=left)
 
     def measured(self, store: CalibrationStore) -> CalibrationStore:
         """With what each layer loses."""
         documents = self._corpus.long_ones(self._settings.error_documents)
         return measure_errors(self._backend, store, documents, KEEPS, self._progress)
+
+    def _prediction_sums(self, basis: Sequence[tuple[Tensor, Tensor]]) -> list[PredictionSums]:
+        return [
+            PredictionSums.zeros(mean, directions, neurons)
+            for (mean, directions), (neurons, _) in zip(basis, self._anatomy[0], strict=True)
+        ]
 
     @cached_property
     def _anatomy(self) -> tuple[list[tuple[int, int]], Callable[[int], Tensor]]:
