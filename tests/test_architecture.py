@@ -49,7 +49,7 @@ ALLOWED_IN_MODULES = {
     "semantics.build": LOWER | {"runtime"},
     **{
         f"calibration.{name}": LOWER | {"runtime"}
-        for name in ("build", "errors", "training", "written")
+        for name in ("build", "corpus", "errors", "training", "written")
     },
 }
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfSession
+from coreinfer.calibration import written
 from coreinfer.calibration.build import CalibrationSettings, memory_needed
 from coreinfer.calibration.store import CalibrationStore
+from coreinfer.calibration.sums import BasisSums
 from coreinfer.calibration.training import Trainer
 from coreinfer.calibration.written import write_corpus as write_own
 from coreinfer.errors import UserError
@@ -20,6 +27,7 @@ from coreinfer.runtime.generation import prefill
 from coreinfer.semantics.work import WorkFolder
 from tests.calibration.stores import build
 from tests.interrupting import files, interrupt
+from tests.semantics.corpora import build as build_clusters
 from tests.semantics.corpora import documents, write_corpus
 from tests.tiny import BOS, tiny_backend
 
@@ -37,9 +45,9 @@ def test_the_store_says_what_all_tokens_at_once_say(
 ) -> None:
     backend = tiny_backend(family)
     store = build(backend, corpus, tmp_path / "s", batch_size=BATCH)
-    seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def observe(layer: int, x: torch.Tensor, h: torch.Tensor) -> None:
+    def observe(layer: int, x: Tensor, h: Tensor) -> None:
         seen.setdefault(layer, []).append((x.double(), h.double()))
 
     for text in documents(DOCUMENTS):
@@ -74,6 +82,66 @@ def test_batches_do_not_matter(tmp_path: Path, corpus: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("batch_size", [1, 8, 16])
+def test_the_basis_is_of_all_lengths_whatever_the_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    # Of 32 batches that are sorted by length, every 32nd is the shortest.
+    path = write_corpus(tmp_path / "c.jsonl", ["x" * (2 + i * 7 % 60) for i in range(512)])
+    read: list[int] = []
+
+    def stop(sums: BasisSums, _rank: int) -> None:
+        read.append(sums.tokens)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BasisSums, "basis", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_backend(), path, tmp_path / "s", batch_size=batch_size, max_tokens=64,
+              basis_tokens=500)  # fmt: skip
+    assert read == [pytest.approx(500, rel=0.1)]
+
+
+def test_every_bad_line_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join(['"abc cab"', "{broken", '"xyz zyx"', '{"title": 1}', '"123 321"']))
+    problems: list[str] = []
+    store = build(tiny_backend(), path, tmp_path / "s", on_skip=problems.append)
+    assert [f"line {n} " in one for n, one in zip((2, 4), problems, strict=True)] == [True] * 2
+    assert store.corpus["documents"] == 3
+
+
+def test_too_short_documents_are_refused_before_any_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_corpus(tmp_path / "c.jsonl", ["abc", "ab"])
+    interrupt(monkeypatch, HfSession, "prefill", 0)
+    with pytest.raises(UserError, match="has no document of 4 tokens or more"):
+        build(tiny_backend(), path, tmp_path / "s")
+
+
+def test_progress_is_in_documents_also_where_it_goes_on(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(WorkFolder, "is_due", property(lambda _self: True))
+    with monkeypatch.context() as patched:
+        interrupt(patched, HfSession, "prefill", 4)  # of them the first asks for the anatomy
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny_backend(), corpus, tmp_path / "s", batch_size=BATCH)
+    notes: list[str] = []
+    build(
+        tiny_backend(), corpus, tmp_path / "s", batch_size=BATCH, progress=True,
+        on_note=notes.append,
+    )  # fmt: skip
+    assert "going on with the basis after 12 of 22 documents" in notes
+    drawn = re.findall(r"(basis|summing):[^\r]*? (\d+)/(\d+) ", stderr.getvalue())
+    for what, first in (("basis", 12), ("summing", 0)):
+        done = [(int(n), total) for name, n, total in drawn if name == what]
+        assert (done[0], done[-1]) == ((first, "22"), (22, "22"))
+
+
 def test_what_is_built_is_written(tmp_path: Path, corpus: Path) -> None:
     store = build(tiny_backend(), corpus, tmp_path / "s")
     read = CalibrationStore.load(tmp_path / "s")
@@ -81,6 +149,21 @@ def test_what_is_built_is_written(tmp_path: Path, corpus: Path) -> None:
     assert read.corpus["documents"] == DOCUMENTS
     assert read.model_fingerprint == tiny_backend().fingerprint
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]  # the work folder is gone
+
+
+def test_what_a_killed_save_has_left_is_removed_and_what_others_write_is_not(
+    tmp_path: Path, corpus: Path
+) -> None:
+    out = tmp_path / "s"
+    build_clusters(tiny_backend(), corpus, out)
+    for killed in (tmp_path / ".s", out / ".calibration.safetensors", out / ".clusters.json"):
+        killed.with_name(f"{killed.name}.abcd_123.partial").mkdir()
+    build(tiny_backend(), corpus, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    assert [p.name for p in out.glob(".*")] == [".clusters.json.abcd_123.partial"]
+    build_clusters(tiny_backend(), corpus, out)
+    assert not list(out.glob(".*"))
+    assert CalibrationStore.load(out).rank == 6
 
 
 def test_layer_errors_fall_to_nothing(tmp_path: Path, corpus: Path) -> None:
@@ -151,6 +234,52 @@ def test_a_model_writes_the_same_corpus_in_one_go_or_two(tmp_path: Path) -> None
     assert other.read_bytes() not in whole.read_bytes()
 
 
+def test_no_more_is_written_than_is_asked_for(tmp_path: Path) -> None:
+    backend = tiny_backend()
+    write_own(backend, tmp_path / "a", 256 * 2, 5, progress=False)
+    few = (tmp_path / "a").read_bytes()
+    write_own(backend, tmp_path / "a", 256 * 3, 5, progress=False)
+    write_own(backend, tmp_path / "a", 256 * 2, 5, progress=False)
+    assert (tmp_path / "a").read_bytes() == few
+
+
+def test_what_another_model_or_seed_wrote_is_no_corpus_of_this_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, backend = tmp_path / "s", tiny_backend()
+    notes: list[str] = []
+    build(backend, None, tmp_path / "whole", seed=4)
+    for other in (tiny_backend(seed=1), tiny_backend()):  # another model, then another seed
+        interrupt_after_writing(other, out, monkeypatch)
+    build(backend, None, out, seed=4, on_note=notes.append)
+    assert files(out) == files(tmp_path / "whole")
+    assert sum("was written with another model, backend, dtype or seed" in n for n in notes) == 1
+
+
+def test_what_this_run_wrote_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = tiny_backend()
+    interrupt_after_writing(backend, tmp_path / "s", monkeypatch)
+    monkeypatch.setattr(written, "_batch", None)  # nothing is written again
+    build(backend, None, tmp_path / "s")
+
+
+def interrupt_after_writing(backend: Backend, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        interrupt(patched, WorkFolder, "load", 0)
+        with pytest.raises(KeyboardInterrupt):
+            build(backend, None, out)
+    assert len(list(out.with_name(f".{out.name}.calibration").glob("corpus-*.jsonl"))) == 1
+
+
+def test_tokens_that_the_model_has_not_begin_no_document(tmp_path: Path) -> None:
+    backend = tiny_backend()
+    backend.tokenizer.add_tokens([f"<{number}>" for number in range(10_000)])
+    write_own(backend, tmp_path / "a", 256 * 2, 0, progress=False)
+    assert sum(1 for _ in read_json_lines(tmp_path / "a")) == 2
+
+
 def test_a_store_needs_no_corpus(tmp_path: Path) -> None:
     store = build(tiny_backend(), None, tmp_path / "s", seed=3)
     assert store.corpus["name"] == "written by the model"
@@ -206,6 +335,12 @@ def test_a_bos_token_is_not_learnt_from() -> None:
     assert shown == [3, 3, 3]
 
 
+def residual_of(store: CalibrationStore, layer: int) -> Tensor:
+    left = store.statistics[layer].residual_sum
+    assert left is not None
+    return left
+
+
 def test_training_is_a_stage_that_goes_on(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +351,17 @@ def test_training_is_a_stage_that_goes_on(
     for a, b in zip(plain.predictions, whole.predictions, strict=True):
         assert torch.equal(a.basis, b.basis)
         assert not torch.equal(a.coefficients, b.coefficients)
+        assert not torch.equal(residual_of(plain, 0), residual_of(whole, 0))
+    seen: dict[int, Tensor] = {}
+
+    def observe(layer: int, x: Tensor, h: Tensor) -> None:
+        left = whole.predictions[layer].residual(x, h).double().square().sum(0)
+        seen[layer] = seen.get(layer, 0) + left
+
+    for text in documents(DOCUMENTS):
+        prefill(backend, [backend.tokenizer(text).input_ids[:40]], RecordingPlan(observer=observe))
+    for layer, left in seen.items():
+        torch.testing.assert_close(residual_of(whole, layer), left, rtol=1e-4, atol=1e-5)
     with monkeypatch.context() as patch:
         interrupt(patch, Trainer, "step", 2)
         with pytest.raises(KeyboardInterrupt):
@@ -223,5 +369,6 @@ def test_training_is_a_stage_that_goes_on(
     rest = build(backend, corpus, tmp_path / "cut", **asked)
     for a, b in zip(whole.predictions, rest.predictions, strict=True):
         assert torch.equal(a.coefficients, b.coefficients)
+        assert torch.equal(residual_of(whole, 0), residual_of(rest, 0))
     assert torch.equal(whole.layer_errors.errors, rest.layer_errors.errors)
     assert rest.corpus["train_steps"] == 4

@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from safetensors.torch import save_file
 from coreinfer.calibration.store import SUMS, CalibrationStore
 from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.errors import UserError
+from coreinfer.semantics.store import ClusterStore
 from tests.calibration.stores import random_store
+from tests.interrupting import files
 from tests.semantics.stores import random_store as random_clusters
 
 FILE = "calibration.safetensors"
@@ -60,6 +63,57 @@ def test_a_store_takes_the_place_of_another_and_lives_beside_clusters(tmp_path: 
         assert same(CalibrationStore.load(tmp_path / "s"), random_store(seed))
     assert {name: (tmp_path / "s" / name).read_bytes() for name in before} == before
     assert len(list((tmp_path / "s").iterdir())) == len(before) + 2
+
+
+def test_clusters_live_beside_a_store_whichever_comes_first(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    random_store().save(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for seed in (0, 1):
+        random_clusters(seed).save(folder)
+        assert ClusterStore.load(folder).describe() == random_clusters(seed).describe()
+        assert {name: (folder / name).read_bytes() for name in before} == before
+    assert len(list(folder.iterdir())) == len(before) + 2
+
+
+@pytest.mark.parametrize(
+    ("make", "load"),
+    [(random_store, CalibrationStore.load), (random_clusters, ClusterStore.load)],
+    ids=["calibration", "clusters"],
+)
+def test_at_every_moment_of_a_save_the_old_store_is_there_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, load: Any
+) -> None:
+    folder, old, new = tmp_path / "s", make(0), make(1)
+    for store, name in ((old, "s"), (old, "old"), (new, "new")):
+        store.save(tmp_path / name)
+    moments: list[str] = []
+
+    def look() -> None:
+        copy = tmp_path / f"moment-{len(moments)}"  # as it is if the run is killed now
+        shutil.copytree(folder, copy)
+        store = load(copy)
+        store.save(tmp_path / "found")
+        found = files(tmp_path / "found")
+        moments.extend(name for name in ("old", "new") if files(tmp_path / name) == found)
+        store.save(copy)  # what a killed run has left can be written over
+        assert load(copy).describe() == store.describe()
+
+    def watched(change: Any) -> Any:
+        def changing(*args: Any, **options: Any) -> Any:
+            if folder in args[0].parents:
+                look()
+            return change(*args, **options)
+
+        return changing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", watched(Path.replace))
+        patch.setattr(Path, "unlink", watched(Path.unlink))
+        new.save(folder)
+    look()
+    # Before the old description goes, before and after each of the two renames.
+    assert moments == ["old", "old", "new", "new"]
 
 
 def test_something_else_is_not_written_over(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +83,27 @@ def test_the_prediction_is_least_squares_on_the_basis(rank: int, seed: int) -> N
     left = h.double().numpy() - z.double().numpy() @ made.coefficients.double().numpy()
     np.testing.assert_allclose(residual_sum.numpy(), np.sum(left**2, axis=0), rtol=1e-4)
     np.testing.assert_allclose(made.residual(x, h).numpy(), left, atol=1e-4)
+
+
+@given(st.integers(1, HIDDEN), st.integers(0, 99), st.sampled_from([3, 400]))
+def test_what_other_coefficients_leave_follows_from_the_sums(
+    rank: int, seed: int, count: int
+) -> None:
+    x, h, norms = tokens(count, seed)  # of few tokens, not all directions are real
+    sums, stats = prediction_of(x, h, basis_of(x, h, norms, rank).basis(rank))
+    made, residual_sum = sums.prediction(stats)
+    torch.testing.assert_close(
+        sums.residual_sum(made.coefficients, stats), residual_sum, rtol=1e-4, atol=1e-4
+    )
+    change = 0.3 * torch.randn(
+        made.coefficients.shape, generator=torch.Generator().manual_seed(seed)
+    )
+    change[1:] *= made.basis.any(dim=0).unsqueeze(1)
+    other = replace(made, coefficients=made.coefficients + change)
+    left = other.residual(x, h).double().square().sum(dim=0)
+    torch.testing.assert_close(
+        sums.residual_sum(other.coefficients, stats), left, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("parts", [2, 7, 40])

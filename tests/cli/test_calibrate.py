@@ -31,6 +31,20 @@ def store(cli: Cli, model_dir: Path, corpus: Path, tmp_path: Path) -> Path:
     return out
 
 
+def test_a_line_that_is_skipped_is_told_and_counted_once(
+    cli: Cli, model_dir: Path, corpus: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text("{broken\n" + corpus.read_text())
+    done = cli(
+        "calibrate", "--model", model_dir, "--backend", "hf", "--corpus", path, "--out",
+        tmp_path / "s", "--rank", 6, "--error-documents", 1, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["skipped"] == 1
+    assert done.err.count("line 1 is not JSON") == 1
+
+
 @pytest.mark.parametrize("backend", ["hf", "native"])
 def test_generate_uses_it(cli: Cli, model_dir: Path, store: Path, backend: str) -> None:
     done = cli(
@@ -84,8 +98,10 @@ def test_info_describes_it_alone_and_beside_clusters(cli: Cli, store: Path) -> N
     assert "rank: 6" in cli("info", store).out
     random_clusters().save(store.parent / "both")
     CalibrationStore.load(store).save(store.parent / "both")
-    both = json.loads(cli("info", store.parent / "both", "--json").out)
-    assert (both["clusters"]["hidden_size"], both["calibration"]["rank"]) == (4, 6)
+    random_clusters().save(store)
+    for folder in (store.parent / "both", store):
+        both = json.loads(cli("info", folder, "--json").out)
+        assert (both["clusters"]["hidden_size"], both["calibration"]["rank"]) == (4, 6)
 
 
 @pytest.mark.parametrize("option", [("--selector", "residual"), ("--stand-in", "calibrated")])

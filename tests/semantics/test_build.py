@@ -239,7 +239,7 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(
     with pytest.raises(UserError, match="No such file or directory"):
         build(tiny_backend(), corpus, tmp_path / "none" / "store")
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="exists and is no cluster store"):
+    with pytest.raises(UserError, match="exists and is no calibration or cluster store"):
         build(tiny_backend(), corpus, tmp_path / "mine")
     (tmp_path / ".store.work").mkdir()
     (tmp_path / ".store.work" / "diary").touch()

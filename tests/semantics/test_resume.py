@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from filelock import FileLock
 
 from coreinfer.backends.hf.session import HfSession
 from coreinfer.errors import UserError
+from coreinfer.semantics import work as work_module
 from coreinfer.semantics.encoders import CoreEncoder
 from coreinfer.semantics.store import ClusterStore
-from coreinfer.semantics.work import WorkFolder
+from coreinfer.semantics.work import WorkFolder, work_folder
 from tests.interrupting import files, interrupt
 from tests.semantics.corpora import build, documents, write_corpus
 from tests.tiny import tiny_backend
@@ -256,6 +259,50 @@ def test_two_runs_never_share_a_work_folder(tmp_path: Path, corpus: Path) -> Non
     assert work.exists()
     build(tiny_backend(), corpus, tmp_path / "store")
     assert not work.exists()
+
+
+def test_a_work_folder_is_locked_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, removed = tmp_path / "w", shutil.rmtree
+    refused: list[str] = []
+
+    def watched(path: Path, **options: Any) -> None:
+        with pytest.raises(UserError, match="another run is at work") as caught, opened(place):
+            pass
+        refused.append(str(caught.value))
+        removed(path, **options)
+
+    with opened(place):
+        monkeypatch.setattr(work_module.shutil, "rmtree", watched)
+    assert len(refused) == 1
+    assert not place.exists()
+
+
+def test_a_run_that_locks_a_folder_as_it_is_removed_makes_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, acquire = tmp_path / "w", FileLock.acquire
+    times = 0
+
+    def late(self: FileLock, **options: Any) -> Any:
+        nonlocal times
+        times += 1
+        taken = acquire(self, **options)
+        if times == 1:  # the run before had it locked when this one opened it, and now removes it
+            shutil.rmtree(place)
+        return taken
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with opened(place) as work:
+        assert work.path.is_dir()
+        with pytest.raises(UserError, match="another run is at work"), opened(place):
+            pass
+    assert not place.exists()
+
+
+def opened(place: Path) -> AbstractContextManager[WorkFolder]:
+    return work_folder(place, ["stage"], lambda _note: None, 0.0)
 
 
 def test_a_store_that_is_there_stays_until_the_new_one_is_whole(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from coreinfer.errors import UserError
 from coreinfer.semantics.encoders import CoreEncoder, HiddenEncoder, SentenceEncoder
@@ -73,7 +74,8 @@ def test_damaged_bytes_are_a_store_or_a_users_error(
 ) -> None:
     content = bytearray((saved / name).read_bytes())
     # The head of a safetensors file is where damage does most.
-    last = len(content) - 1 if name == "clusters.json" else 900
+    head = 8 + int.from_bytes(content[:8], "little")
+    last = len(content) - 1 if name == "clusters.json" else head
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, last))] = data.draw(st.integers(0, 255))
     path = damaged(tmp_path_factory.mktemp("d"), saved, name, bytes(content))
@@ -151,6 +153,27 @@ def test_a_missing_store_and_half_a_store_are_refused(tmp_path: Path, saved: Pat
         ClusterStore.load(tmp_path / "s")
 
 
+def test_tensors_alone_are_a_store_if_they_come_with_a_description(
+    tmp_path: Path, saved: Path
+) -> None:
+    for name, metadata in (("with", {"about": (saved / FILES[0]).read_text()}), ("without", None)):
+        shutil.copytree(saved, tmp_path / name)
+        save_file(load_file(saved / FILES[1]), tmp_path / name / FILES[1], metadata)
+        assert same(ClusterStore.load(tmp_path / name), random_store())
+        (tmp_path / name / FILES[0]).unlink()
+    assert same(ClusterStore.load(tmp_path / "with"), random_store())
+    with pytest.raises(UserError, match="no cluster store at"):
+        ClusterStore.load(tmp_path / "without")
+
+
+def test_files_of_different_stores_are_refused(tmp_path: Path, saved: Path) -> None:
+    random_store(1).save(tmp_path / "other")
+    data = (tmp_path / "other" / "clusters.safetensors").read_bytes()
+    path = damaged(tmp_path, saved, "clusters.safetensors", data)
+    with pytest.raises(UserError, match="its description and its tensors are of different stores"):
+        ClusterStore.load(path)
+
+
 def test_another_model_is_refused_by_name() -> None:
     store = random_store()
     store.require_model("f" * 64, "tiny")
@@ -165,7 +188,7 @@ def test_a_store_replaces_a_store_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     for name in ("file", "folder"):
-        with pytest.raises(UserError, match="exists and is no cluster store"):
+        with pytest.raises(UserError, match="exists and is no calibration or cluster store"):
             random_store().save(tmp_path / name)
     with pytest.raises(UserError, match="No such file or directory"):
         random_store().save(tmp_path / "no" / "where")

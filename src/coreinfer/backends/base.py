@@ -114,6 +114,11 @@ class Backend(Protocol):
     @property
     def context_length(self) -> int | None: ...
     @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+        ...
+
+    @property
     def eos_token_ids(self) -> frozenset[int]: ...
 
     def check(self, selector: Selector, stand_in: StandIn | None = None) -> None:

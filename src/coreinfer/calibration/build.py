@@ -1,15 +1,15 @@
 """Building a calibration store: a corpus of any size in a bounded amount of memory.
 
-First the basis, from a part of the corpus; then the one pass over all of it, which sums
-what the predictions and the priors are made from; then training, if it is asked for; then what each
-layer loses, on a few documents.
+First its tokens are counted, and the basis is made from a share of its documents; then the one pass
+over all of it sums what the predictions and the priors are made from; then comes training, if it is
+asked for, and what each layer loses, on a few documents.
 An interrupted build goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfBackend
+from coreinfer.calibration.corpus import CalibrationCorpus
 from coreinfer.calibration.errors import measure_errors
-from coreinfer.calibration.store import CalibrationStore, require_place
+from coreinfer.calibration.store import NAME, CalibrationStore
 from coreinfer.calibration.sums import (
     BasisSums,
     PredictionSums,
@@ -32,21 +33,19 @@ from coreinfer.calibration.sums import (
     sketch_width,
 )
 from coreinfer.calibration.training import train
-from coreinfer.calibration.written import write_corpus
+from coreinfer.calibration.written import WRITTEN, own_corpus
 from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.core.statistics import LayerStatistics
+from coreinfer.core.stores import remove_store_leftovers, require_place
 from coreinfer.errors import UserError, require_ratio, require_whole
-from coreinfer.files import remove_leftovers
 from coreinfer.jsonl import OnSkip
 from coreinfer.recording import RecordingPlan
-from coreinfer.semantics.corpus import corpus_identity, read_corpus
+from coreinfer.semantics.corpus import corpus_identity
 from coreinfer.semantics.reading import Skips, TokenCorpus, TokenDocument
 from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
 
 CHECKPOINT_SECONDS = 60.0
-CHARS_A_TOKEN = 4  # about; says how far apart the batches lie that the basis is chosen from
 STAGES = ("basis", "sums", "training")
-WRITTEN = "corpus.jsonl"  # what the model wrote, in the work folder
 KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -142,8 +141,9 @@ def calibrate(
     place = out.with_name(f".{out.name}.calibration")
     with work_folder(place, STAGES, on_note, checkpoint_seconds, also=(WRITTEN,)) as work:
         if corpus is None:
-            path = work.path / WRITTEN
-            write_corpus(backend, path, settings.own_tokens, settings.seed, on_note, progress)
+            path = own_corpus(
+                backend, work.path, settings.own_tokens, settings.seed, on_note, progress
+            )
             identity: dict[str, Any] = {
                 **corpus_identity(path),
                 "name": "written by the model",
@@ -152,7 +152,13 @@ def calibrate(
         else:
             path = Path(corpus)
             identity = corpus_identity(path)
-        build = _Build(backend, path, settings, work, Skips(on_skip), on_note, progress)
+        # A context that is full would leave no room for the answer on which errors are measured.
+        most = min(settings.max_tokens, (backend.context_length or settings.max_tokens + 1) - 1)
+        reader = TokenCorpus(
+            path, backend.tokenizer, most, settings.batch_size, settings.min_chars, Skips(on_skip)
+        )
+        counted = CalibrationCorpus.counted(reader, progress)
+        build = _Build(backend, counted, settings, work, on_note, progress)
         made_with = {
             "model_fingerprint": backend.fingerprint,
             "backend": backend.name,
@@ -160,16 +166,17 @@ def calibrate(
             "corpus": identity,
             **{name: value for name, value in vars(settings).items() if name != "train_steps"},
         }
-        store = build.store(build.basis(made_with), made_with, identity)
+        basis = build.basis(made_with)
+        store = build.store(basis, made_with, identity)
         if settings.train_steps:
             if differentiable is None:
                 raise ValueError("training needs the model on hf")
-            store = build.trained(store, made_with, differentiable)
+            store = build.trained(store, basis, made_with, differentiable)
         store = build.measured(store)
         if corpus is not None and corpus_identity(path) != identity:
             raise UserError(f"{str(corpus)!r} was changed while it was read; start again")
         store.save(out)
-        remove_leftovers(out)  # of a run that was killed while it saved
+        remove_store_leftovers(out, NAME)  # of a run that was killed while it saved
     return store
 
 
@@ -179,18 +186,13 @@ class _Build:
     def __init__(
         self,
         backend: Backend,
-        path: Path,
+        corpus: CalibrationCorpus,
         settings: CalibrationSettings,
         work: WorkFolder,
-        skips: Skips,
         on_note: Callable[[str], None],
         progress: bool,
     ) -> None:
-        # A context that is full would leave no room for the answer on which errors are measured.
-        most = min(settings.max_tokens, (backend.context_length or settings.max_tokens + 1) - 1)
-        self._reader = TokenCorpus(
-            path, backend.tokenizer, most, settings.batch_size, settings.min_chars, skips
-        )
+        self._corpus = corpus
         self._backend = backend
         self._settings = settings
         self._work = work
@@ -217,7 +219,7 @@ class _Build:
             sums[layer].add(x, h)
 
         found = self._work.load("basis", made_with)
-        state = {"batches": 0, "complete": False}
+        state = {"batches": 0, "documents": 0, "complete": False}
         if found:
             state = dict(found.state)
             if state["complete"]:
@@ -229,18 +231,16 @@ class _Build:
             for one in sums:
                 one.tokens = int(state["tokens"])
         plan = RecordingPlan(observer=observe)
-        with self._bar("basis", state["batches"]) as bar:
-            for batch in islice(self._batches(), state["batches"], None, self._stride):
-                if sums[0].tokens >= self._settings.basis_tokens:
-                    break
+        share = min(1.0, self._settings.basis_tokens / self._corpus.tokens)
+        with self._bar("basis", state["documents"], self._corpus.documents_of(share)) as bar:
+            for batch in islice(self._corpus.batches(share), state["batches"], None):
                 self._prefill(batch, plan)
-                state["batches"] += self._stride
+                state["batches"] += 1
+                state["documents"] += len(batch)
                 state["tokens"] = sums[0].tokens
                 bar.update(len(batch))
                 if self._work.is_due:
                     self._work.save("basis", made_with, Checkpoint(state, flat(sums)))
-        if not sums[0].tokens:
-            raise UserError(f"{str(self._reader.path)!r} has no document with a token to read")
         made = [one.basis(rank) for one in sums]
         tensors = {f"mean.{layer}": mean for layer, (mean, _) in enumerate(made)}
         tensors |= {f"basis.{layer}": basis for layer, (_, basis) in enumerate(made)}
@@ -255,10 +255,7 @@ class _Build:
     ) -> CalibrationStore:
         """The pass over the whole corpus, and what is made of its sums."""
         sizes, _ = self._anatomy
-        sums = [
-            PredictionSums.zeros(mean, directions, neurons)
-            for (mean, directions), (neurons, _) in zip(basis, sizes, strict=True)
-        ]
+        sums = self._prediction_sums(basis)
         priors = [LayerStatistics.zeros(*size) for size in sizes]
         state = {"batches": 0, "documents": 0, "cut": 0}
         if found := self._work.load("sums", made_with):
@@ -270,8 +267,8 @@ class _Build:
             sums[layer].add(x, h)
 
         plan = RecordingPlan(alpha=self._settings.alpha, input_sums=True, observer=observe)
-        with self._bar("summing", state["documents"]) as bar:
-            for batch in islice(self._batches(), state["batches"], None):
+        with self._bar("summing", state["documents"], self._corpus.documents) as bar:
+            for batch in islice(self._corpus.batches(), state["batches"], None):
                 for layers in self._prefill(batch, plan):
                     priors = [a + b for a, b in zip(priors, layers, strict=True)]
                 state = {
@@ -285,7 +282,6 @@ class _Build:
                     tensors = flat(sums) | _flat_priors(priors)
                     self._work.save("sums", made_with, Checkpoint(state, tensors))
         self._work.save("sums", made_with, Checkpoint(state, flat(sums) | _flat_priors(priors)))
-        self._reader.skips.pass_done()
         predictions = []
         for one, prior in zip(sums, priors, strict=True):
             prediction, prior.residual_sum = one.prediction(prior)
@@ -302,21 +298,25 @@ class _Build:
         )
 
     def trained(
-        self, store: CalibrationStore, made_with: dict[str, Any], differentiable: HfBackend
+        self,
+        store: CalibrationStore,
+        basis: Sequence[tuple[Tensor, Tensor]],
+        made_with: dict[str, Any],
+        differentiable: HfBackend,
     ) -> CalibrationStore:
-        """With the predictions trained on what decoding loses."""
+        """With predictions trained on what decoding loses, and what they leave of the corpus."""
         settings = self._settings
-        made_with = {**made_with, "train_steps": settings.train_steps}
-        found = self._work.load("training", made_with)
+        trained_with = {**made_with, "train_steps": settings.train_steps}
+        found = self._work.load("training", trained_with)
 
         def keep(step: int, tensors: Mapping[str, Tensor]) -> None:
             if self._work.is_due or step == settings.train_steps:
-                self._work.save("training", made_with, Checkpoint({"steps": step}, tensors))
+                self._work.save("training", trained_with, Checkpoint({"steps": step}, tensors))
 
-        return train(
+        made = train(
             differentiable,
             store,
-            lambda: (document.ids for document in self._reader.documents()),
+            lambda: (document.ids for document in self._corpus.read()),
             settings.train_steps,
             settings.seed,
             done=0 if found is None else int(found.state["steps"]),
@@ -324,36 +324,26 @@ class _Build:
             keep=keep,
             progress=self._progress,
         )
+        sums = self._prediction_sums(basis)
+        summed = self._work.load("sums", made_with)
+        assert summed is not None  # `store` has saved them
+        restore(sums, summed.tensors)
+        left = [
+            replace(prior, residual_sum=one.residual_sum(prediction.coefficients, prior))
+            for one, prediction, prior in zip(sums, made.predictions, made.statistics, strict=True)
+        ]
+        return replace(made, statistics=left)
 
     def measured(self, store: CalibrationStore) -> CalibrationStore:
         """With what each layer loses."""
-        documents = self._spread(int(store.corpus["documents"]))
+        documents = self._corpus.long_ones(self._settings.error_documents)
         return measure_errors(self._backend, store, documents, KEEPS, self._progress)
 
-    def _batches(self) -> Iterator[list[TokenDocument]]:
-        """Of documents with a token that counts: the first one may be a BOS token."""
-        for batch in self._reader.batches():
-            if usable := [document for document in batch if len(document.ids) > 1]:
-                yield usable
-
-    @cached_property
-    def _stride(self) -> int:
-        """Every so many batches make about `basis_tokens` tokens."""
-        found = read_corpus(self._reader.path, on_skip=lambda _problem: None)
-        most = CHARS_A_TOKEN * self._reader.max_tokens
-        tokens = sum(min(len(document.text), most) for document in found) // CHARS_A_TOKEN
-        return max(1, tokens // self._settings.basis_tokens)
-
-    def _spread(self, documents: int) -> list[list[int]]:
-        """Token ids of documents that are long enough, evenly spread over the corpus."""
-        wanted = self._settings.error_documents
-        step = max(1, documents // (2 * wanted))
-        long = (
-            document.ids
-            for document in islice(self._reader.documents(), 0, None, step)
-            if len(document.ids) >= 4
-        )
-        return sorted(islice(long, 2 * wanted), key=len)[-wanted:]
+    def _prediction_sums(self, basis: Sequence[tuple[Tensor, Tensor]]) -> list[PredictionSums]:
+        return [
+            PredictionSums.zeros(mean, directions, neurons)
+            for (mean, directions), (neurons, _) in zip(basis, self._anatomy[0], strict=True)
+        ]
 
     @cached_property
     def _anatomy(self) -> tuple[list[tuple[int, int]], Callable[[int], Tensor]]:
@@ -372,11 +362,12 @@ class _Build:
         session.prefill(token_ids)
         return session.evidence()
 
-    def _bar(self, what: str, done: int) -> Any:
+    def _bar(self, what: str, done: int, total: int) -> Any:
         if done:
-            self._on_note(f"going on with the {what} after {done}")
+            self._on_note(f"going on with the {what} after {done} of {total} documents")
         # None is tqdm's "unless stderr is no terminal".
-        return tqdm(desc=what, unit="doc", initial=done, disable=None if self._progress else True)
+        disable = None if self._progress else True
+        return tqdm(desc=what, unit="doc", initial=done, total=total, disable=disable)
 
 
 _PRIORS = ("counts", "positive_sum", "square_sum", "unit_square_sum", "input_sum")

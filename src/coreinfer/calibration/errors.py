@@ -22,6 +22,7 @@ from coreinfer.standins import Calibrated
 
 SCALE_KEEP = 0.5  # at which the KL of every layer is measured
 CONTINUATION = 64  # tokens on which it is
+LEAST_TOKENS = 4  # of a document, half of them the prompt
 
 
 def measure_errors(
@@ -42,7 +43,8 @@ def measure_errors(
     Args:
         backend: the model.
         store: its predictions and priors.
-        documents: token ids, 4 or more each; the fewer and shorter, the rougher the measure.
+        documents: token ids of at least one, `LEAST_TOKENS` or more each; the fewer and shorter,
+            the rougher the measure.
         keeps: fractions, ascending.
     """
     shapes = torch.zeros(store.num_layers, len(keeps) + 1, dtype=torch.float64)
@@ -65,7 +67,7 @@ def measure_errors(
             for layer in range(store.num_layers):
                 scales[layer] += _kl(read, after, dense, layer, store)
                 bar.update()
-    per_unit = scales / shapes[:, -1].clamp(min=1e-300) / max(len(documents), 1)
+    per_unit = scales / shapes[:, -1].clamp(min=1e-300) / len(documents)
     errors = shapes[:, :-1] * per_unit.clamp(min=0).unsqueeze(1)
     return replace(store, layer_errors=LayerErrors(tuple(keeps), errors))
 

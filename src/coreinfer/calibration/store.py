@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from coreinfer.calibration.prediction import LayerPrediction
 from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.core.statistics import LayerStatistics
+from coreinfer.core.stores import check_tensor, save_store, tensors_file
 from coreinfer.errors import UserError, require_ratio, require_whole
-from coreinfer.files import replace_when_done
 
 FORMAT = "coreinfer.calibration/1"
-TENSORS, DESCRIPTION = "calibration.safetensors", "calibration.json"
+NAME = "calibration"  # of its files
 # The sums of `LayerStatistics` that are kept, and their type.
 SUMS = {
     "counts": torch.int64,
@@ -122,30 +121,12 @@ class CalibrationStore:
     def save(self, path: str | Path) -> None:
         """Write the store's files into a folder, which is made unless it is there.
 
-        A store that was there is replaced only when the new one is complete.
+        What else is there stays; a calibration is replaced only when the new one is complete.
 
         Raises:
             UserError: if it cannot be written, or something that is no store is there.
         """
-        path = Path(path)
-        require_place(path)
-        tensors = self._tensors()
-        if not path.exists():
-            with replace_when_done(path) as partial:
-                partial.mkdir()
-                self._write(tensors, partial)
-            return
-        with replace_when_done(path / TENSORS) as partial:
-            save_file(tensors, partial, {"about": self._about()})
-        with replace_when_done(path / DESCRIPTION) as partial:
-            partial.write_text(self._about() + "\n", encoding="utf-8")
-
-    def _write(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        save_file(tensors, folder / TENSORS, {"about": self._about()})
-        (folder / DESCRIPTION).write_text(self._about() + "\n", encoding="utf-8")
-
-    def _about(self) -> str:
-        return json.dumps(self.describe(), indent=2)
+        save_store(Path(path), NAME, self._tensors(), json.dumps(self.describe(), indent=2))
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"errors": self.layer_errors.errors}
@@ -154,7 +135,7 @@ class CalibrationStore:
             tensors[f"basis.{layer}"] = made.basis
             tensors[f"coefficients.{layer}"] = made.coefficients
             tensors |= {f"{name}.{layer}": getattr(sums, name) for name in SUMS}
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path) -> CalibrationStore:
@@ -164,7 +145,7 @@ class CalibrationStore:
             UserError: if it is missing, damaged, truncated, or of another format or version.
         """
         path = Path(path)
-        file = path / TENSORS
+        file = tensors_file(path, NAME)
         if not file.exists():
             raise UserError(
                 f"no calibration store at {str(path)!r}; make one with 'coreinfer calibrate'"
@@ -210,21 +191,13 @@ class CalibrationStore:
             raise UserError(f"{str(path)!r} is damaged: {error!r}") from None
 
 
-def require_place(path: Path) -> None:
-    """Raises UserError if something else is where a store is to be written."""
-    if path.exists() and not any((path / name).is_file() for name in (TENSORS, "clusters.json")):
-        raise UserError(
-            f"{str(path)!r} exists and is no calibration or cluster store; choose another path"
-        )
-
-
 def _check_prediction(where: str, made: LayerPrediction) -> None:
     hidden, neurons = made.input_mean.numel(), made.coefficients.shape[-1]
     rank = made.basis.shape[-1]
     require_whole(f"rank of {where}", rank, 1)
-    _check(f"input mean of {where}", made.input_mean, (hidden,), torch.float32)
-    _check(f"basis of {where}", made.basis, (hidden, rank), torch.float32)
-    _check(f"coefficients of {where}", made.coefficients, (1 + rank, neurons), torch.float32)
+    check_tensor(f"input mean of {where}", made.input_mean, (hidden,), torch.float32)
+    check_tensor(f"basis of {where}", made.basis, (hidden, rank), torch.float32)
+    check_tensor(f"coefficients of {where}", made.coefficients, (1 + rank, neurons), torch.float32)
 
 
 def _check_sums(where: str, sums: LayerStatistics, made: LayerPrediction) -> None:
@@ -232,12 +205,4 @@ def _check_sums(where: str, sums: LayerStatistics, made: LayerPrediction) -> Non
     neurons = made.coefficients.shape[1]
     for name, dtype in SUMS.items():
         size = made.input_mean.numel() if name == "input_sum" else neurons
-        _check(f"{name} of {where}", getattr(sums, name), (size,), dtype)
-
-
-def _check(what: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        got = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
-        raise UserError(f"{what} must be {dtype} {shape}, got {got}")
-    if not tensor.isfinite().all():
-        raise UserError(f"{what} must be finite numbers")
+        check_tensor(f"{name} of {where}", getattr(sums, name), (size,), dtype)

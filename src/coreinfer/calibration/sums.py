@@ -127,24 +127,42 @@ class PredictionSums:
             statistics: over the same tokens.
         """
         tokens = self.zz[0, 0]
+        whiten, shrinkage, across = self._white()
+        coefficients = torch.cat([self.zh[:1] / tokens, shrinkage * across])
+        made = LayerPrediction(
+            input_mean=(statistics.input_sum.cpu() / tokens).float(),
+            basis=(self.basis.double() @ whiten).float(),
+            coefficients=coefficients.float(),
+        )
+        return made, self.residual_sum(coefficients, statistics)
+
+    def residual_sum(self, coefficients: Tensor, statistics: LayerStatistics) -> Tensor:
+        """The sum over the same tokens of the squared residual of other coefficients, [D] float64.
+
+        Args:
+            coefficients: [1 + r, D], of the basis of `prediction`; 0 where that has no direction.
+            statistics: over the same tokens.
+        """
+        tokens = self.zz[0, 0]
+        *_, across = self._white()
+        offset, slopes = coefficients[0].double(), coefficients[1:].double()
+        mean = self.zh[0] / tokens
+        explained = (2 * mean - offset) * offset + ((2 * across - slopes) * slopes).sum(dim=0)
+        return (statistics.square_sum.cpu() - tokens * explained).clamp(min=0)
+
+    def _white(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What makes z white, [r, r]; by how much each direction is shrunk, [r, 1]; and the
+        covariance of white z with h, [r, D]."""
+        tokens = self.zz[0, 0]
         z_mean, h_mean = self.zz[0, 1:] / tokens, self.zh[0] / tokens
         covariance = self.zz[1:, 1:] / tokens - torch.outer(z_mean, z_mean)
         across = self.zh[1:] / tokens - torch.outer(z_mean, h_mean)
         values, vectors = torch.linalg.eigh(covariance)
         real = values > _DEGENERATE
         whiten = vectors * torch.where(real, values.clamp(min=1e-300).rsqrt(), 0.0)
-        across = whiten.t() @ across  # [r, D], of white coordinates
         mean_value = values.clamp(min=0).mean()
         shrunk = torch.where(real, values / (values + mean_value / tokens), 0.0).unsqueeze(1)
-        coefficients = shrunk * across
-        explained = ((2 * across - coefficients) * coefficients).sum(dim=0)
-        left = statistics.square_sum.cpu() - tokens * (h_mean.square() + explained)
-        made = LayerPrediction(
-            input_mean=(statistics.input_sum.cpu() / tokens).float(),
-            basis=(self.basis.double() @ whiten).float(),
-            coefficients=torch.cat([h_mean.unsqueeze(0), coefficients]).float(),
-        )
-        return made, left.clamp(min=0)
+        return whiten, shrunk, whiten.t() @ across
 
 
 def flat(sums: Sequence[BasisSums] | Sequence[PredictionSums]) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class Trainer:
     """The coefficients of a store, on their way.
 
     Attributes:
-        store: whose coefficients change in place.
+        store: whose coefficients change in place; its statistics stay those of the start.
         optimizer: of them.
     """
 
@@ -104,7 +104,9 @@ def train(
     keep: Keep = lambda _step, _tensors: None,
     progress: bool = True,
 ) -> CalibrationStore:
-    """The store with predictions that decoding loses less with.
+    """The store with predictions that decoding loses less with; all else stays as it was.
+
+    So does the `residual_sum` of its statistics, which `PredictionSums.residual_sum` makes anew.
 
     The first half of a document is the prompt, what follows is decoded with the `residual` rule
     and the `calibrated` stand-in of full rank, all layers sparse.

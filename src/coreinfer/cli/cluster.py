@@ -27,7 +27,12 @@ def add_parser(verbs: Any) -> None:
         metavar="FILE",
         help=CORPUS_FILE,
     )
-    parser.add_argument("--out", required=True, metavar="STORE", help="the folder to write")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="STORE",
+        help="the folder to write; a calibration store's is welcome",
+    )
     parser.add_argument(
         "--encoder",
         choices=("sentence", "hidden", "core"),

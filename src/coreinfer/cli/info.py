@@ -13,9 +13,6 @@ from coreinfer.cli import options
 from coreinfer.cli.terminal import megabytes, table
 from coreinfer.cli.values import fractions
 
-# What tells a cluster store and a calibration store.
-STORES = ("clusters.json", "calibration.safetensors")
-
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
@@ -49,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     target = args.target or args.model
     if target is None:
         about = describe_machine()
-    elif any((Path(target) / name).is_file() for name in STORES):
+    elif _is_store(target):
         about = describe_store(Path(target))
     elif Path(target).is_file() and not _is_gguf(target):
         about = describe_core_set(target)
@@ -97,9 +94,10 @@ def describe_machine() -> dict[str, Any]:
 def describe_store(path: Path) -> dict[str, Any]:
     """A cluster store, a calibration store, or both in one folder."""
     from coreinfer.calibration.store import CalibrationStore
+    from coreinfer.core.stores import is_there
     from coreinfer.semantics.store import ClusterStore
 
-    clusters, calibration = ((path / name).is_file() for name in STORES)
+    clusters, calibration = is_there(path, "clusters"), is_there(path, "calibration")
     if clusters and calibration:
         return {
             "kind": "cluster and calibration store",
@@ -125,6 +123,14 @@ def describe_core_set(path: str) -> dict[str, Any]:
         "kept": [core_set.kept(layer) for layer in range(core_set.num_layers)],
         "density": core_set.density,
     }
+
+
+def _is_store(target: str) -> bool:
+    if not Path(target).is_dir():
+        return False
+    from coreinfer.core.stores import NAMES, is_there
+
+    return any(is_there(Path(target), name) for name in NAMES)
 
 
 def _is_gguf(target: str) -> bool:

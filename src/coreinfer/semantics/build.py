@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from coreinfer.backends.base import Backend
 from coreinfer.core.statistics import LayerStatistics
+from coreinfer.core.stores import remove_store_leftovers, require_place
 from coreinfer.errors import UserError, require_ratio, require_whole
-from coreinfer.files import remove_leftovers
 from coreinfer.jsonl import OnSkip
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors.evidence import Evidence
@@ -28,7 +28,7 @@ from coreinfer.semantics.clustering import Clustering, cluster_vectors
 from coreinfer.semantics.corpus import corpus_identity
 from coreinfer.semantics.encoders import Encoder
 from coreinfer.semantics.reading import Skips, TokenCorpus, TokenDocument
-from coreinfer.semantics.store import ClusterStore, require_place
+from coreinfer.semantics.store import NAME, ClusterStore
 from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
 
 CHECKPOINT_SECONDS = 60.0
@@ -61,7 +61,8 @@ def build_clusters(
     Args:
         backend: the model.
         corpus: a file as `read_corpus` takes it.
-        out: the store's folder; a store that is there is replaced when the new one is whole.
+        out: the store's folder, which may be a calibration store's; a cluster store that is there
+            is replaced when the new one is whole.
         encoder: what documents, and later prompts, are embedded by.
         alpha: fraction of each token's positive activations that count, in (0, 1].
         k: number of clusters; None to choose it (see `clustering`).
@@ -137,7 +138,7 @@ def build_clusters(
             how_k=clustering.how_k,
         )
         store.save(out)
-        remove_leftovers(out)  # of a run that was killed while it saved
+        remove_store_leftovers(out, NAME)  # of a run that was killed while it saved
     return store
 
 

@@ -41,6 +41,14 @@ class Skips:
         self._told = True
 
 
+def in_batches(documents: Iterator[TokenDocument], size: int) -> Iterator[list[TokenDocument]]:
+    """Batches of documents of similar length: the same ones for the same documents."""
+    while window := list(islice(documents, WINDOW)):
+        window.sort(key=lambda document: len(document.ids))
+        for start in range(0, len(window), size):
+            yield window[start : start + size]
+
+
 @dataclass(frozen=True)
 class TokenCorpus:
     """The documents of a corpus file as tokens.
@@ -63,11 +71,7 @@ class TokenCorpus:
 
     def batches(self) -> Iterator[list[TokenDocument]]:
         """Batches of documents of similar length: the same ones whenever the corpus is read."""
-        documents = self.documents()
-        while window := list(islice(documents, WINDOW)):
-            window.sort(key=lambda document: len(document.ids))
-            for start in range(0, len(window), self.batch_size):
-                yield window[start : start + self.batch_size]
+        return in_batches(self.documents(), self.batch_size)
 
     def documents(self) -> Iterator[TokenDocument]:
         """The documents that have a token, in the order of the file."""

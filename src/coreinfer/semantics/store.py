@@ -1,6 +1,7 @@
 """The cluster store: what a calibration corpus says about which neurons matter for what meaning.
 
-A store is a folder of two files, `clusters.safetensors` and `clusters.json`; nothing is pickled.
+A store is a folder of two files, `clusters.safetensors` and `clusters.json`, which may be that of a
+calibration store. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from coreinfer.core.statistics import LayerStatistics
+from coreinfer.core.stores import (
+    check_tensor,
+    description_file,
+    save_store,
+    tensors_file,
+)
 from coreinfer.errors import UserError, require_ratio, require_whole
-from coreinfer.files import replace_when_done
 from coreinfer.semantics.clustering import cosines
 from coreinfer.semantics.encoders import Encoder, encoder_from
 
@@ -26,7 +32,7 @@ if TYPE_CHECKING:  # the selectors import this package
     from coreinfer.selectors.evidence import Evidence
 
 FORMAT = "coreinfer.clusters/1"
-TENSORS, DESCRIPTION = "clusters.safetensors", "clusters.json"
+NAME = "clusters"  # of its files
 MAX_HIDDEN_SIZE = 2**20  # what a damaged description says is not allocated
 
 
@@ -78,15 +84,17 @@ class ClusterStore:
         require_ratio("alpha of a cluster store", self.alpha)
         require_whole("hidden_size", self.hidden_size, 1, MAX_HIDDEN_SIZE)
         k = self.num_clusters
-        _check("center", self.center, (self.centroids.shape[-1],), torch.float32)
-        _check("centroids", self.centroids, (k, self.center.numel()), torch.float32)
-        _check("tokens", self.tokens, (k,), torch.int64)
-        _check("documents", self.documents, (k,), torch.int64)
+        check_tensor("center", self.center, (self.centroids.shape[-1],), torch.float32)
+        check_tensor("centroids", self.centroids, (k, self.center.numel()), torch.float32)
+        check_tensor("tokens", self.tokens, (k,), torch.int64)
+        check_tensor("documents", self.documents, (k,), torch.int64)
         if k == 0 or not self.counts or len(self.counts) != len(self.positive_sums):
             raise UserError("a cluster store needs a cluster, and counts and sums of every layer")
         for layer, (counts, sums) in enumerate(zip(self.counts, self.positive_sums, strict=True)):
-            _check(f"counts of layer {layer}", counts, (k, counts.shape[-1]), torch.int64)
-            _check(f"positive sums of layer {layer}", sums, tuple(counts.shape), torch.float64)
+            check_tensor(f"counts of layer {layer}", counts, (k, counts.shape[-1]), torch.int64)
+            check_tensor(
+                f"positive sums of layer {layer}", sums, tuple(counts.shape), torch.float64
+            )
         self.encoder.check(len(self.counts))
 
     @property
@@ -154,13 +162,13 @@ class ClusterStore:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the folder; it replaces a store that was there only when it is complete.
+        """Write the store's files into a folder, which is made unless it is there.
+
+        What else is there stays; a cluster store is replaced only when the new one is complete.
 
         Raises:
             UserError: if it cannot be written, or something that is no store is there.
         """
-        path = Path(path)
-        require_place(path)
         tensors = {
             "center": self.center,
             "centroids": self.centroids,
@@ -169,11 +177,7 @@ class ClusterStore:
         }
         for layer, (counts, sums) in enumerate(zip(self.counts, self.positive_sums, strict=True)):
             tensors[f"counts.{layer}"], tensors[f"positive_sums.{layer}"] = counts, sums
-        with replace_when_done(path) as partial:
-            partial.mkdir()
-            save_file({name: t.contiguous() for name, t in tensors.items()}, partial / TENSORS)
-            text = json.dumps(self.describe(), indent=2) + "\n"
-            (partial / DESCRIPTION).write_text(text, encoding="utf-8")
+        save_store(Path(path), NAME, tensors, json.dumps(self.describe(), indent=2))
 
     @classmethod
     def load(cls, path: str | Path) -> ClusterStore:
@@ -184,22 +188,25 @@ class ClusterStore:
         """
         path = Path(path)
         try:
-            about = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+            about = json.loads(_description(path))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"no cluster store at {str(path)!r}; make one with 'coreinfer cluster'"
             ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{str(path / DESCRIPTION)!r} is not readable: {error}") from None
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            file = description_file(path, NAME)
+            raise UserError(f"{str(file)!r} is not readable: {error}") from None
         found = about.get("format") if isinstance(about, dict) else None
         if found != FORMAT:
             raise UserError(f"{str(path)!r} has format {found!r}, expected {FORMAT!r}")
         try:
-            tensors = load_file(path / TENSORS)
+            tensors = load_file(tensors_file(path, NAME))
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{str(path / TENSORS)!r} is not readable: {error}") from None
+            file = tensors_file(path, NAME)
+            raise UserError(f"{str(file)!r} is not readable: {error}") from None
         try:
             layers = range(int(about["num_layers"]))
+            _check_pair(about, tensors)
             return cls(
                 model=str(about["model"]),
                 model_fingerprint=str(about["model_fingerprint"]),
@@ -223,14 +230,20 @@ class ClusterStore:
             raise UserError(f"{str(path)!r} is damaged: {error!r}") from None
 
 
-def require_place(path: Path) -> None:
-    """Raises UserError if something that is no store is where one is to be written."""
-    if path.exists() and not (path / DESCRIPTION).is_file():
-        raise UserError(f"{str(path)!r} exists and is no cluster store; choose another path")
+def _description(path: Path) -> str:
+    """What `clusters.json` says; while a store is being replaced, what the tensors come with."""
+    try:
+        return description_file(path, NAME).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        file = tensors_file(path, NAME)
+    with safe_open(file, framework="pt") as opened:
+        if about := (opened.metadata() or {}).get("about"):
+            return str(about)
+    raise FileNotFoundError(file)
 
 
-def _check(what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise UserError(f"{what} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-    if not tensor.isfinite().all():
-        raise UserError(f"{what} must be finite numbers")
+def _check_pair(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError if the two files are of different stores, as far as that shows."""
+    told, found = (about["sizes"], about["tokens"]), (tensors["documents"], tensors["tokens"])
+    if list(told) != [sums.tolist() for sums in found]:
+        raise UserError("its description and its tensors are of different stores")

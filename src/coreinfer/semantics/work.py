@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -145,16 +145,19 @@ def work_folder(
     """Open or make a work folder, for one process at a time; remove it if the block succeeds.
 
     Where the block fails or is interrupted it stays, unless it has no checkpoint yet, nor one of
-    the further files that it may hold (`also`).
+    the further files that it may hold (`also`, as patterns).
 
     Raises:
         UserError: if it cannot be made or written, is in use, or is something else.
     """
     lock = FileLock(path / LOCK)
     try:
-        path.mkdir(exist_ok=True)
-        _require_ours(path, stages, also)
-        lock.acquire(timeout=0)
+        while not lock.is_locked:
+            path.mkdir(exist_ok=True)
+            _require_ours(path, stages, also)
+            lock.acquire(timeout=0)
+            if not (path / LOCK).exists():  # of a folder that a run has removed as it ended
+                lock.release()
         for leftover in path.glob(".*.partial"):  # of a checkpoint that was being written
             shutil.rmtree(leftover, ignore_errors=True)
     except Timeout:
@@ -169,17 +172,27 @@ def work_folder(
         yield work
         done = True
     finally:
-        begun = work.has_checkpoint or any((path / name).exists() for name in also)
-        keep = begun and not done
+        begun = work.has_checkpoint or any(any(path.glob(pattern)) for pattern in also)
+        if done or not begun:
+            _remove(path)
         lock.release()
-        if not keep:
-            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a work folder, the lock last: another run may begin anew as soon as that is gone."""
+    for entry in path.glob("*"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != LOCK:
+            with suppress(OSError):
+                entry.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _require_ours(path: Path, stages: Sequence[str], also: Sequence[str]) -> None:
-    ours = {LOCK, VECTOR_FILE, *also, *(f"{stage}.safetensors" for stage in stages)}
+    ours = {LOCK, VECTOR_FILE, ".*.partial", *also, *(f"{stage}.safetensors" for stage in stages)}
     for entry in path.iterdir():
-        if entry.name not in ours and not entry.match(".*.partial"):
+        if not any(entry.match(pattern) for pattern in ours):
             raise UserError(
                 f"{str(path)!r} is needed for unfinished work, but has a file {entry.name!r} of "
                 "something else; move it away, or choose another path"

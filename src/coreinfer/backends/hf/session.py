@@ -87,7 +87,6 @@ class HfBackend:
 
     @property
     def vocab_size(self) -> int:
-        """V, the width of the logits."""
         return int(self.model.config.get_text_config().vocab_size)
 
     @property

@@ -82,6 +82,10 @@ class NativeBackend:
         return self.weights.config.context_length
 
     @property
+    def vocab_size(self) -> int:
+        return self.weights.config.vocab_size
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
         ids = None if self._generation is None else self._generation.eos_token_id
         ids = self.tokenizer.eos_token_id if ids is None else ids
