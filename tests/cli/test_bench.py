@@ -76,6 +76,30 @@ def test_every_row_has_a_bar_of_its_own(
     assert len(labels) == len(rows) > 2
 
 
+def test_a_settings_file_makes_a_row(
+    cli: Cli, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `tune` found is timed as it is."""
+    monkeypatch.setattr(machine, "_LEAST_BUFFER", 1 << 16)
+    monkeypatch.setattr(machine, "_TIMES_THE_CACHE", 0)
+    config = tmp_path / "tuned.toml"
+    config.write_text(
+        f'model = "{model_dir}"\nbackend = "hf"\nselector = "griffin"\nstand-in = "linear"\n'
+        'rank = 2\ndense-layers = [0]\n[budgets]\n"1" = 0.25\n"2" = 0.75\n'
+    )
+    shared = ("bench", "--dtypes", "float32", "--engines", "hf", "--keeps", "1.0", "--peers",
+              "none", "--json", *SHORT)  # fmt: skip
+    done = cli(*shared, "--config", config)
+    assert done.code == 0, done
+    dense, given = json.loads(done.out)["rows"]
+    assert (dense["selector"], given["selector"]) == ("dense", "griffin")
+    assert given["density"] == pytest.approx(2 / 3, abs=0.02)
+    assert given["bytes_per_token"] < dense["bytes_per_token"]
+    alone = cli(*shared, "--model", model_dir, "--rank", 3)
+    assert alone.err.splitlines()[0] == "coreinfer: note: --rank has no effect with no --selector"
+    assert len(json.loads(alone.out)["rows"]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -13,6 +13,7 @@ from coreinfer.backends.choose import SmallLayer
 from coreinfer.backends.native.backend import NativeBackend
 from coreinfer.backends.native.session import NativeSession
 from coreinfer.backends.native.weights import weights_from
+from coreinfer.benchmarks.decoding import by_keep
 from coreinfer.benchmarks.engines import BackendEngine
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
@@ -393,6 +394,6 @@ def test_generate_and_bench_say_what_they_will_ask_for(monkeypatch: pytest.Monke
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)
     assert [*generate(backend, [A], RULE, LINEAR, params)][-1].record is not None
     assert chose_ahead(started[-1], RULE, LINEAR)
-    engine = BackendEngine(backend, 260, 0.4)
+    engine = BackendEngine(backend, 260, *by_keep(0.4, 1.0))
     engine.repeat(A, [3, 4])
     assert chose_ahead(started[-1], Impact(beta=0.4), Linear())

@@ -14,6 +14,7 @@ from coreinfer.backends.native.container import is_converted
 from coreinfer.backends.native.mlp import DenseMlps
 from coreinfer.backends.native.open import open_native
 from coreinfer.backends.native.products import compute_dtype
+from coreinfer.benchmarks.decoding import Decoding, by_keep
 from coreinfer.benchmarks.job import Job
 from coreinfer.benchmarks.measure import About, Engine, Repeat, timed
 from coreinfer.benchmarks.synthetic import no_tokenizer, synthetic_hf, synthetic_native
@@ -22,27 +23,27 @@ from coreinfer.kernels.formats import WeightFormat
 from coreinfer.models.loading import DTYPES, load
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.cost import bytes_per_token
-from coreinfer.selectors import Dense, Impact, Selector
-from coreinfer.standins import Linear, StandIn
+from coreinfer.selectors import Selector
+from coreinfer.standins import StandIn
 
 
 class BackendEngine:
-    """A backend that keeps a part of the neurons by the default rule, or all of them.
+    """A backend that decodes by a rule.
 
     Args:
         backend: the model.
         vocab_size: of it.
-        keep: fraction of each layer's neurons; 1 is dense decoding, unless some are skipped.
-        active: fraction of those that a token computes whole.
+        selector: the rule.
+        stand_in: takes the place of the neurons that are dropped; None for nothing.
     """
 
-    def __init__(self, backend: Backend, vocab_size: int, keep: float, active: float = 1.0) -> None:
+    def __init__(
+        self, backend: Backend, vocab_size: int, selector: Selector, stand_in: StandIn | None
+    ) -> None:
         self.vocab_size = vocab_size
         self._backend = backend
-        self._selector: Selector = Dense()
-        if keep < 1 or active < 1:
-            self._selector = Impact(beta=keep, active=active)
-        self._stand_in: StandIn | None = None if keep == 1 else Linear()
+        self._selector = selector
+        self._stand_in = stand_in
         self._plan = RecordingPlan.expecting(self._selector, self._stand_in)
         self._session: Session = backend.start(self._plan)
         self._choice: Choice | None = None
@@ -71,7 +72,7 @@ class BackendEngine:
             dtype=self._backend.dtype,
             selector=self._selector.name,
             density=choice.core_set.density,
-            active=self._selector.active,
+            active=round(self._selector.active_share(choice.core_set.layers), 3),
             bytes_per_token=size,
         )
 
@@ -87,8 +88,10 @@ class SkippingEngine(BackendEngine):
     Its dense rows call themselves "skip-zeros": the answer is the same, the bytes are fewer.
     """
 
-    def __init__(self, backend: NativeBackend, keep: float) -> None:
-        super().__init__(backend, backend.weights.config.vocab_size, keep)
+    def __init__(
+        self, backend: NativeBackend, selector: Selector, stand_in: StandIn | None
+    ) -> None:
+        super().__init__(backend, backend.weights.config.vocab_size, selector, stand_in)
         self._native = backend
         self._prompt: Sequence[int] = ()
 
@@ -139,15 +142,22 @@ def open_native_engine(job: Job) -> Engine:
         assert job.source is not None
         backend = open_native(job.source, dtype=job.dtype, skip_zeros=job.skip_zeros)
     config = backend.weights.config
-    if job.skip_zeros and config.activation == "relu" and job.active == 1:
-        return SkippingEngine(backend, job.keep)
-    return BackendEngine(backend, config.vocab_size, job.keep, job.active)
+    selector, stand_in = _rule_of(job)
+    if job.skip_zeros and config.activation == "relu" and not selector.skips:
+        return SkippingEngine(backend, selector, stand_in)
+    return BackendEngine(backend, config.vocab_size, selector, stand_in)
 
 
 def open_hf_engine(job: Job) -> Engine:
     """The hf backend."""
     backend = hf_backend(job)
-    return BackendEngine(backend, backend.vocab_size, job.keep, job.active)
+    return BackendEngine(backend, backend.vocab_size, *_rule_of(job))
+
+
+def _rule_of(job: Job) -> tuple[Selector, StandIn | None]:
+    if job.given is not None:
+        return Decoding(**job.given).made()
+    return by_keep(job.keep, job.active)
 
 
 def hf_backend(job: Job) -> HfBackend:

@@ -21,6 +21,7 @@ class Job:
         gguf: the file that an engine reads which takes no other.
         keep: fraction of the neurons to decode with.
         active: fraction of those that a token computes whole.
+        given: a `Decoding` as plain values, which takes the place of these two.
         skip_zeros: leave out neurons that are exactly zero, where the model has such.
         threads, prompt_tokens, decode_tokens: of the run.
     """
@@ -36,6 +37,7 @@ class Job:
     gguf: str | None = None
     keep: float = 1.0
     active: float = 1.0
+    given: Mapping[str, Any] | None = None
     skip_zeros: bool = True
 
     @property
@@ -43,7 +45,8 @@ class Job:
         """For a person who waits."""
         kept = "" if self.keep == 1 else f" keep {self.keep:g}"
         active = "" if self.active == 1 else f" active {self.active:g}"
-        return f"{self.engine} {self.dtype}{kept}{active}"
+        given = "" if self.given is None else " as given"
+        return f"{self.engine} {self.dtype}{kept}{active}{given}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

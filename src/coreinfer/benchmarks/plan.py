@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from coreinfer.benchmarks.decoding import Decoding
 from coreinfer.benchmarks.job import Job
 from coreinfer.benchmarks.machine import cores
 from coreinfer.benchmarks.target import Target
@@ -36,6 +37,7 @@ class Settings:
         decode_tokens: decoded a run.
         threads: at most the cores there are; None for all of them.
         repeats: timed runs a row, after one that is not.
+        given: a row for each dtype decodes with these; None for no such row.
 
     Raises:
         UserError: for anything else.
@@ -50,6 +52,7 @@ class Settings:
     decode_tokens: int = 16
     threads: int | None = None
     repeats: int = 3
+    given: Decoding | None = None
 
     def __post_init__(self) -> None:
         _require_known("dtype", self.dtypes, DTYPES)
@@ -96,6 +99,8 @@ def own_jobs(target: Target, settings: Settings) -> Iterator[Job]:
                     yield replace(job, skip_zeros=False)
                 for active in dict.fromkeys(settings.actives):
                     yield replace(job, keep=keep, active=active)
+            if settings.given is not None:
+                yield replace(job, given=asdict(settings.given))
 
 
 def base_job(

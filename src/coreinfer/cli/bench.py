@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coreinfer.cli import options
 from coreinfer.cli.terminal import progress, table
 from coreinfer.cli.values import fractions, names, whole
+
+if TYPE_CHECKING:
+    from coreinfer.benchmarks.decoding import Decoding
 
 
 def add_parser(verbs: Any) -> None:
@@ -72,6 +75,9 @@ def add_parser(verbs: Any) -> None:
         help="other engines: transformers, llama.cpp, openvino, or none; one that is not installed "
         "is a note (default: transformers,llama.cpp)",
     )
+    options.add_given_rule_options(rows, "one more row for each dtype")
+    options.add_selection_options(parser, one_rule=False)
+    options.add_stand_in_options(parser, one_rule=False)
     run_group = parser.add_argument_group("runs")
     run_group.add_argument(
         "--prompt-tokens",
@@ -126,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
         decode_tokens=args.decode_tokens,
         threads=args.threads,
         repeats=args.repeats,
+        given=_given(args),
     )
     if args.plot is not None:
         require_plot(args.plot)
@@ -142,3 +149,18 @@ def run(args: argparse.Namespace) -> int:
         lines = [*heading(report), "", table(cells(report)), ""]
         print("\n".join(lines + [f"- {note}" for note in report.notes]))
     return 0
+
+
+def _given(args: argparse.Namespace) -> Decoding | None:
+    """What the row of a given rule decodes with; None where no rule is given."""
+    from coreinfer.benchmarks.decoding import Decoding
+
+    if args.selector is None:
+        others = (*options.SELECTION, "stand_in", "rank", "ridge")
+        unused = {name for name in others if getattr(args, name) is not None} - {"seed"}
+        options.point_out(unused, "no --selector")
+        return None
+    args.core_set, args.stand_in = None, args.stand_in or "none"
+    names = ("clusters", "calibration")
+    stores = {name: path for name in names if (path := getattr(args, name)) is not None}
+    return Decoding.of(options.selector_from(args), options.stand_in_from(args), stores)

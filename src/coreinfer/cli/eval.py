@@ -52,16 +52,6 @@ def add_parser(verbs: Any) -> None:
         "always there (default: dense,paper,best,random,static; where a rule is given, that one)",
     )
     what.add_argument(
-        "--selector",
-        choices=options.SELECTOR_NAMES,
-        help="of the rule 'given', as a settings file of tune has it (default: none is given)",
-    )
-    what.add_argument(
-        "--stand-in",
-        choices=options.STAND_IN_NAMES,
-        help="of the rule 'given' (default: none)",
-    )
-    what.add_argument(
         "--limit",
         type=whole,
         metavar="N",
@@ -101,6 +91,7 @@ def add_parser(verbs: Any) -> None:
         help="a .json file, with the table beside it as .md, or a folder for both",
     )
     how.add_argument("--json", action="store_true", help="print the record, not the table")
+    options.add_given_rule_options(what, "the rule 'given'")
     options.add_selection_options(parser, one_rule=False)
     options.add_stand_in_options(parser, one_rule=False)
     options.add_model_options(parser)

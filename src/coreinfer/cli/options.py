@@ -205,6 +205,16 @@ def _add_one_rule(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_given_rule_options(group: argparse._ActionsContainer, what: str) -> None:
+    """For verbs that have rows of their own, beside which one rule may be given, as `what`."""
+    group.add_argument(
+        "--selector",
+        choices=SELECTOR_NAMES,
+        help=f"of {what}, as a settings file of tune has it (default: none is given)",
+    )
+    group.add_argument("--stand-in", choices=STAND_IN_NAMES, help=f"of {what} (default: none)")
+
+
 def add_stand_in_options(parser: argparse.ArgumentParser, *, one_rule: bool = True) -> None:
     group = parser.add_argument_group("what takes the place of the dropped neurons")
     if one_rule:
@@ -284,7 +294,7 @@ def selector_from(args: argparse.Namespace, *, quiet: bool = False) -> Selector:
             require_ratio(name, given[name])
     if args.core_set is not None:
         skipping = {name: given.pop(name) for name in SKIPPING & given.keys()}
-        _point_out(given.keys() - {"seed"}, "--core-set")
+        point_out(given.keys() - {"seed"}, "--core-set")
         return Fixed(core_set=CoreSet.load(args.core_set), **skipping)
     rule = SELECTORS[args.selector]
     takes: dict[str, Any] = {field.name: field for field in fields(rule)}
@@ -306,7 +316,7 @@ def selector_from(args: argparse.Namespace, *, quiet: bool = False) -> Selector:
     if getattr(args, "stand_in", None) == "calibrated" or args.selector == "static":
         takes.setdefault("calibration", None)  # it is of use, though not to the rule
     if not quiet:
-        _point_out(given.keys() - takes.keys() - {"seed"}, f"--selector {args.selector}")
+        point_out(given.keys() - takes.keys() - {"seed"}, f"--selector {args.selector}")
     known = rule.__dataclass_fields__
     return rule(**{name: value for name, value in given.items() if name in takes and name in known})
 
@@ -324,14 +334,14 @@ def stand_in_from(args: argparse.Namespace, *, quiet: bool = False) -> StandIn |
     }
     if args.stand_in == "none":
         if not quiet:
-            _point_out(set(given), "--stand-in none")
+            point_out(set(given), "--stand-in none")
         return None
     made = STAND_INS[args.stand_in]
     takes = {field.name for field in fields(made)}
     if "calibration" in takes:
         given["calibration"] = calibration_from(args, f"--stand-in {args.stand_in}")
     if not quiet:
-        _point_out(given.keys() - takes, f"--stand-in {args.stand_in}")
+        point_out(given.keys() - takes, f"--stand-in {args.stand_in}")
     return made(**{name: value for name, value in given.items() if name in takes})
 
 
@@ -371,6 +381,7 @@ def prompt_from(args: argparse.Namespace) -> str:
         ) from None
 
 
-def _point_out(unused: set[str], why: str) -> None:
+def point_out(unused: set[str], why: str) -> None:
+    """A line for each option that was given in vain."""
     for name in sorted(unused):
         warn(f"note: --{name.replace('_', '-')} has no effect with {why}")
