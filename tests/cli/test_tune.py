@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,15 @@ def test_an_interrupted_search_goes_on(
     for task, after in ((Measure, 1), (Measure, 4), (Weigh, 1)):
         with monkeypatch.context() as patch:
             interrupt(patch, task, "run", after)
-            assert cli(*asked, tmp_path / "cut.toml").code == 130
+            cut = cli(*asked, tmp_path / "cut.toml")
+            assert cut.code == 130
+            assert "interrupted: the same command goes on" in cut.err
         assert not (tmp_path / "cut.toml").exists()
+        assert not (tmp_path / "cut.html").exists()
     rest = cli(*asked, tmp_path / "cut.toml")
     assert "known from an earlier run" in rest.err
     assert found(rest.out) == found(whole.out)
+    assert (tmp_path / "cut.html").exists() == (find_spec("matplotlib") is not None)
 
 
 def test_prompts_of_a_jsonl_file(cli: Cli, model_dir: Path, tmp_path: Path) -> None:

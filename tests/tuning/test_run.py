@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ def test_bytes_are_kept_and_well_used() -> None:
             assert chosen.report.mean < rival.report.mean
         assert len(set(one_keep.candidate.keeps)) == 1
         assert ends_dense.candidate.dense_layers == (0, 1, 6, 7)
+        # What the search found by its options is not counted for its budgets.
+        best = min((p for p in outcome.tried if p.stage == "search"), key=lambda p: p.loss.mean)
+        level = replace(best.design, profile=Profile())
+        assert level in [p.design for p in outcome.tried if p.stage == "one keep"]
         # Layers are worth from 0.1 to 4: what the formula says is best is not far.
         assert loss_of(chosen.candidate) < 0.5 * loss_of(one_keep.candidate)
 

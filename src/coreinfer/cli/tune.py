@@ -46,7 +46,10 @@ def add_parser(verbs: Any) -> None:
         "--out", required=True, metavar="FILE.toml", help="the settings file to write"
     )
     parser.add_argument(
-        "--page", metavar="FILE.html", help="write a page that shows what was tried, too"
+        "--page",
+        metavar="FILE.html",
+        help="the page that shows what was tried (default: beside --out, where matplotlib is "
+        "installed)",
     )
     goal = parser.add_argument_group("what for (one of these)")
     one = goal.add_mutually_exclusive_group(required=True)
@@ -131,6 +134,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from coreinfer import __version__
     from coreinfer.api import require_differentiable
     from coreinfer.journal import Journal
     from coreinfer.tuning.candidate import Stores
@@ -177,6 +181,7 @@ def run(args: argparse.Namespace) -> int:
     }
     prices = Prices.of(llm.backend, split.search[0])
     about = {
+        "version": __version__,
         "model": llm.backend.fingerprint,
         "backend": llm.backend.name,
         "dtype": llm.backend.dtype,
@@ -190,7 +195,11 @@ def run(args: argparse.Namespace) -> int:
     with _pool(args, llm, stores) as pool:
         objective = Objective(pool, parts, journal, stores, about=about)
         prompts = {"search": len(split.search), "report": len(split.report)}
-        outcome = tune(objective, prices, stores, goal, effort, prompts, note)
+        try:
+            outcome = tune(objective, prices, stores, goal, effort, prompts, note)
+        except KeyboardInterrupt:
+            note("interrupted: the same command goes on from here")
+            raise
     _write(args, outcome)
     if args.json:
         print(json.dumps({"model": llm.name, "out": args.out, **outcome.to_json()}))
@@ -210,6 +219,7 @@ def _require_places(args: argparse.Namespace) -> None:
     """Raises UserError where what is found could not be written, before hours go into it."""
     from importlib.util import find_spec
 
+    draws = find_spec("matplotlib") is not None
     for option, path, suffix in (("out", args.out, ".toml"), ("page", args.page, ".html")):
         if path is None:
             continue
@@ -220,8 +230,10 @@ def _require_places(args: argparse.Namespace) -> None:
             raise UserError(f"cannot write {path!r}: there is no folder {str(folder)!r}")
         if not os.access(folder, os.W_OK):
             raise UserError(f"no permission to write {path!r}; choose a path you can write to")
-    if args.page is not None and find_spec("matplotlib") is None:
+    if args.page is not None and not draws:
         raise UserError("--page draws with matplotlib; pip install 'coreinfer[tune]'")
+    if draws:
+        args.page = args.page or str(Path(args.out).with_suffix(".html"))
 
 
 @contextmanager

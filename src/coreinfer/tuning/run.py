@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import TypeVar
 
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.errors import UserError, require_whole
@@ -26,7 +27,10 @@ ENDS_DENSE = "ends dense"  # the best of those settings with the first 3 and las
 SHARES = (0.4, 0.55, 0.8, 0.9)  # at which the front is completed
 MOST_REPORTED = 6  # points of the front
 FINALISTS = 6  # designs that are compared on more prompts
-ENDS_TRIED = 4  # settings with one keep that are tried with dense ends
+RIVALS_TRIED = 4  # designs that are tried with one keep, and settings with one keep with dense ends
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,12 @@ def tune(
     elif goal.limit is None:
         chosen = kept[0]
     else:
-        chosen = tuner.cheapest(_of_different_designs(kept, 3))
+        chosen = tuner.cheapest(_distinct(kept, lambda point: point.design)[:3])
     share = chosen.asked
     # What is best on few prompts is so by chance, too: more of them decide where to begin, and
     # whether what was found from there is better.
-    finalists = [point.design for point in _of_different_designs([chosen, *kept], FINALISTS)]
-    start = tuner.best_of([*finalists, *_single_designs(tuner, share).values()], share)
+    begins = _distinct([point.design for point in [chosen, *kept]], lambda design: design)
+    start = tuner.best_of([*begins[:FINALISTS], *_single_designs(tuner, share).values()], share)
     design = tuner.best_of([start, tuner.descended(start, share, effort.steps)], share)
     found = tuner.point_within(design, share, FINAL if design == start else DESCENT)
     if found is not None and (goal.limit is not None or tuner.within([found])):
@@ -179,10 +183,9 @@ def _rivals(tuner: Tuner, chosen: Point) -> dict[str, Point]:
 def _single_designs(tuner: Tuner, share: float) -> dict[str, Design]:
     """The best setting with one keep for all layers, the best of which neurons are skipped where
     that is better, and the best with the ends dense, at this share of bytes."""
-    single = [point for point in tuner.tried.values() if point.stage == "one keep"]
+    single = _single(tuner)
     if not single:
         return {}
-    single.sort(key=lambda point: point.loss.mean)
     best = single[0].design
     layers = tuner.planner.num_layers
     ends = Profile(first=min(3, layers // 4), last=min(2, layers // 4))
@@ -190,11 +193,28 @@ def _single_designs(tuner: Tuner, share: float) -> dict[str, Design]:
     made = {ONE_KEEP: next(computed, best), ONE_ACTIVE: best}
     if made[ONE_KEEP] == best:
         del made[ONE_ACTIVE]
-    tried = [replace(point.design, profile=ends) for point in single[:ENDS_TRIED]]
+    tried = [replace(point.design, profile=ends) for point in single[:RIVALS_TRIED]]
     found = [one for one in tuner.points([(design, share) for design in tried], ENDS_DENSE) if one]
     if found:
         made[ENDS_DENSE] = min(found, key=lambda point: point.loss.mean).design
     return made
+
+
+def _single(tuner: Tuner) -> list[Point]:
+    """All settings with one keep for all layers, the best first: those that the search began with,
+    and the best of what it found since, without the profile of their budgets."""
+    points = list(tuner.tried.values())
+    single = [point for point in points if point.stage == "one keep"]
+    if not single:
+        return []
+    asked = single[0].asked
+    found = sorted((p for p in points if p.stage == SEARCH), key=lambda point: point.loss.mean)
+    level = _distinct(
+        [replace(point.design, profile=Profile()) for point in found], lambda one: one
+    )
+    tuner.points([(design, asked) for design in level[:RIVALS_TRIED]], SEARCH)
+    again = [p for p in tuner.tried.values() if p.stage == "one keep" and p.asked == asked]
+    return sorted(again, key=lambda point: point.loss.mean)
 
 
 def _closest(points: Sequence[Point], goal: Goal) -> Point:
@@ -204,13 +224,13 @@ def _closest(points: Sequence[Point], goal: Goal) -> Point:
     return min(points, key=lambda point: (point.loss.mean, point.share))
 
 
-def _of_different_designs(points: Sequence[Point], count: int) -> list[Point]:
-    """The first points, one a design."""
-    kept: list[Point] = []
-    for point in points:
-        if all(point.design != other.design for other in kept):
-            kept.append(point)
-    return kept[:count]
+def _distinct(items: Sequence[T], design_of: Callable[[T], Design]) -> list[T]:
+    """The first of each design, in their order."""
+    kept: list[T] = []
+    for item in items:
+        if all(design_of(item) != design_of(other) for other in kept):
+            kept.append(item)
+    return kept
 
 
 def _spread(points: Sequence[Point], count: int) -> list[Point]:
