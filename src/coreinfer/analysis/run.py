@@ -31,6 +31,7 @@ from coreinfer.analysis.settings import Settings
 from coreinfer.analysis.texts import Source, require_distinct
 from coreinfer.backends.base import Backend
 from coreinfer.errors import UserError, meant
+from coreinfer.evaluation.continuations import require_window
 from coreinfer.files import describe_os_error, replace_when_done
 from coreinfer.semantics.store import ClusterStore
 
@@ -122,8 +123,8 @@ def analyze(
         on_progress: told what is going on.
 
     Raises:
-        UserError: if the texts are not enough, a store is for none of the models, matplotlib is
-            missing, or the place cannot be written.
+        UserError: if the texts are not enough, windows are longer than a model reads, a store is
+            for none of the models, matplotlib is missing, or the place cannot be written.
     """
     require_plots()
     require_distinct(sources)
@@ -137,7 +138,7 @@ def analyze(
     facts = {**(about or {}), **environment()}
     sections: list[Section] = []
     unused = list(stores)
-    for materials in _materials(models, sources, settings, place, stores, on_progress):
+    for materials in _materials(models, questions, sources, settings, place, stores, on_progress):
         if materials.clusters in unused:
             unused.remove(materials.clusters)
         for question in questions:
@@ -160,6 +161,7 @@ def analyze(
 
 def _materials(
     models: Mapping[str, Callable[[], Backend]],
+    questions: Sequence[Question],
     sources: Sequence[Source],
     settings: Settings,
     place: Place,
@@ -175,10 +177,22 @@ def _materials(
                 raise UserError(
                     f"dense layer {layer} is outside {backend.model_name}, which has 0 to {last}"
                 )
+        for question in questions:
+            if question.needs_model:
+                _require_windows(backend, question, settings)
         yield Materials(
             lambda backend=backend: backend,  # type: ignore[misc]
             tuple(sources), settings, place.work, own[0] if own else None, on_progress,
         )  # fmt: skip
+
+
+def _require_windows(backend: Backend, question: Question, settings: Settings) -> None:
+    """Raises UserError where a question has windows that the model cannot read."""
+    for prompt_tokens, continuation_tokens in question.windows(settings):
+        try:
+            require_window(backend, prompt_tokens, continuation_tokens)
+        except UserError as error:
+            raise UserError(f"the question {question.name!r}: {error}") from None
 
 
 def _no_model() -> Backend:
