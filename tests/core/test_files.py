@@ -96,6 +96,30 @@ def test_a_folder_that_cannot_be_replaced_stays(
     assert names(tmp_path) == ["store"]
 
 
+@pytest.mark.parametrize(("move", "left"), [("rename", "old"), ("replace", "new")])
+def test_ctrl_c_between_the_moves_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, move: str, left: str
+) -> None:
+    path = tmp_path / "store"
+    path.mkdir()
+    (path / "old").write_text("the only copy")
+    original = getattr(Path, move)
+    pressed: list[Path] = []
+
+    def moved_and_pressed(source: Path, target: Path) -> None:
+        original(source, target)
+        pressed.append(source)
+        if len(pressed) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, move, moved_and_pressed)
+    with pytest.raises(KeyboardInterrupt), replace_when_done(path) as partial:
+        partial.mkdir()
+        (partial / "new").write_text("another")
+    assert names(path) == [left]
+    assert names(tmp_path) == ["store"]
+
+
 def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     path.mkdir()
