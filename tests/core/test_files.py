@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from coreinfer.errors import UserError
-from coreinfer.files import describe_os_error, replace_when_done
+from coreinfer.files import describe_os_error, replace, replace_when_done
 
 
 def interrupted(path: Path, error: type[BaseException]) -> None:
@@ -113,9 +114,12 @@ def test_ctrl_c_between_the_moves_loses_nothing(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, move, moved_and_pressed)
-    with pytest.raises(KeyboardInterrupt), replace_when_done(path) as partial:
-        partial.mkdir()
-        (partial / "new").write_text("another")
+    new = tmp_path / "fresh" / "store"
+    new.mkdir(parents=True)
+    (new / "new").write_text("another")
+    with pytest.raises(KeyboardInterrupt):
+        replace(new, path, new.with_name("replaced"))
+    shutil.rmtree(new.parent)
     assert names(path) == [left]
     assert names(tmp_path) == ["store"]
 
