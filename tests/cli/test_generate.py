@@ -166,6 +166,7 @@ def test_a_saved_core_set_decodes_as_the_rule_that_chose_it(
     assert by_file["density"] == by_rule["density"]
     assert by_file["dense_layers"] == [1]
     assert by_file["selector"] == "fixed"
+    assert (by_rule["beta"], by_file["beta"]) == (0.3, None)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,22 @@ def test_the_record_says_what_was_done() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("selector", "beta"),
+    [
+        (Impact(beta=0.3, budgets={0: 0.9, 1: 0.9}), 0.3),
+        (Impact(beta=0.3, budgets={0: 0.9, 1: 0.9, 2: 0.9}), None),
+        (Impact(beta=0.3, budgets={0: 0.9, 1: 0.9}, dense_layers=(2,)), None),
+        (Dense(), 1.0),
+    ],
+)
+def test_beta_is_told_only_where_some_layer_keeps_so_much(
+    selector: Selector, beta: float | None
+) -> None:
+    (record,) = answers(tiny_backend(), PROMPTS[:1], selector, max_new_tokens=2)
+    assert (record.beta, record.gamma) == (beta, None)
+
+
 def test_generation_ends_at_the_end_of_sequence_token() -> None:
     backend = tiny_backend()
     tokens = answers(backend, PROMPTS[:1], Dense())[0].token_ids

@@ -145,6 +145,7 @@ def continue_from(
     read_a_token = bytes_per_token(backend, session, selector, choices)
     for index, (answer, choice) in enumerate(zip(answers, choices, strict=True)):
         core_set = choice.core_set
+        keep = selector.keep_where(core_set.layers)
         rest = sum(seconds[1 : len(answer.tokens)])
         record = GenerationRecord(
             prompt_tokens=read.prompt_tokens[index],
@@ -154,9 +155,9 @@ def continue_from(
             finish_reason=answer.finish_reason or "length",
             selector=selector.name,
             alpha=selector.counting_alpha,
-            beta=selector.beta if selector.keep_name == "beta" else None,
+            beta=keep if selector.keep_name == "beta" else None,
             active=selector.active_share(core_set.layers),
-            gamma=getattr(selector, "gamma", None),
+            gamma=keep if selector.keep_name == "gamma" else None,
             stand_in="none" if stand_in is None else stand_in.name,
             dense_layers=[i for i in range(core_set.num_layers) if i not in core_set.layers],
             density=core_set.density,
