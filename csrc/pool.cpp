@@ -49,7 +49,6 @@ bool spin_until(const Done& done, int max_yields) {
 class Barrier {
  public:
   void wait(int count) {
-    if (count == 1) return;
     const unsigned phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
       arrived_.store(0, std::memory_order_relaxed);
@@ -65,7 +64,9 @@ class Barrier {
   alignas(64) std::atomic<unsigned> phase_{0};
 };
 
-void Worker::wait() const { barrier->wait(count); }
+void Worker::wait() const {
+  if (count > 1) barrier->wait(count);
+}
 
 namespace {
 
@@ -185,7 +186,11 @@ Pool& pool() {
 }  // namespace
 
 void run_region(int threads, size_t scratch_bytes, Region region, const void* context) {
-  pool().run(threads < 1 ? 1 : threads, scratch_bytes, region, context);
+  if (threads <= 1 && scratch_bytes == 0) {
+    region(context, {0, 1, nullptr, nullptr});  // nothing is shared: beside any other region
+  } else {
+    pool().run(threads < 1 ? 1 : threads, scratch_bytes, region, context);
+  }
 }
 
 }  // namespace coreinfer

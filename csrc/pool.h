@@ -31,7 +31,8 @@ inline Range share(const Worker& worker, int64_t count) {
 
 using Region = void (*)(const void* context, const Worker& worker);
 
-// Runs the region on that many threads, the caller's among them. One region runs at a time.
+// Runs the region on that many threads, the caller's among them. One region runs at a
+// time, but for those of one thread without scratch: callers on threads of their own run side by side.
 void run_region(int threads, size_t scratch_bytes, Region region, const void* context);
 
 template <class Body>

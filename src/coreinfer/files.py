@@ -80,14 +80,17 @@ def remove_leftovers(path: str | Path) -> None:
 def replace(new: Path, path: Path, aside: Path) -> None:
     """Rename `new` over `path`; a folder that is there is moved to `aside` first, or stays.
 
+    What lies at `aside` already is removed then: who was killed has left it there.
+
     Raises:
         OSError: if the file system refuses.
     """
-    if path.is_dir() and new.is_dir():
-        path.rename(aside)
     try:
+        if path.is_dir() and new.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
         new.replace(path)
-    except BaseException:  # Ctrl-C too
-        if aside.exists():
+    except BaseException:  # Ctrl-C too, right after either of the two
+        if aside.exists() and not path.exists():
             aside.rename(path)
         raise

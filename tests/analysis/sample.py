@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -60,6 +60,9 @@ class Counting:
     def __init__(self, on_ask: Callable[[], None] = lambda: None) -> None:
         self.asked = 0
         self._on_ask = on_ask
+
+    def windows(self, settings: Settings) -> Sequence[tuple[int, int]]:
+        return [(settings.prompt_tokens, settings.continuation_tokens)]
 
     def ask(self, materials: Materials) -> Answer:
         self._on_ask()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,28 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     sections = analyze(TINY, [first, again], SOURCES, SMALL, tmp_path)
     assert [section.question for section in sections] == ["first", "second"]
     assert (first.asked, again.asked) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "window"),
+    [
+        ("grid", {"prompt_tokens": 500, "continuation_tokens": 13}, r"500 \+ 13"),
+        ("prompt-length", {"lengths": (2, 510)}, r"510 \+ 5"),
+        ("layers", {"lengths": (2, 449)}, r"449 \+ 64"),
+        ("semantics", {"prompt_tokens": 508}, r"508 \+ 5"),
+        ("robustness", {"long_tokens": 500}, r"24 \+ 492"),
+    ],
+)
+def test_windows_that_the_model_cannot_read_are_refused_before_anything_is_asked(
+    tmp_path: Path, name: str, change: dict[str, Any], window: str
+) -> None:
+    settings, first = dataclasses.replace(SMALL, **change), Counting()
+    message = f"question '{name}': windows of {window} tokens are longer than the 512 that tiny"
+    with pytest.raises(UserError, match=message):
+        analyze(TINY, [QUESTIONS[name], first], SOURCES, settings, tmp_path)
+    assert first.asked == 0
+    if name == "robustness":  # who does not ask that is not held up by it
+        analyze(TINY, [first], SOURCES, settings, tmp_path)
 
 
 def test_a_damaged_answer_is_asked_for_again(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from coreinfer.errors import UserError
 from tests.cli.conftest import Cli, Outcome, refusal
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -49,6 +50,32 @@ def test_commands(talk) -> None:  # type: ignore[no-untyped-def]
     assert "dense: density 1.00" in run.out
     assert "the conversation starts anew" in run.out
     assert "never read" not in run.out
+
+
+def test_a_setting_that_several_things_have_is_set_for_all(talk) -> None:  # type: ignore[no-untyped-def]
+    random = ("--selector", "random", "--stand-in", "none", "--temperature", 1.5)
+    talked = talk("/set", "/set seed 7", "hi", "/reset", "/set seed 8", "hi", options=random)
+    assert talked.code == 0, talked.err
+    assert "seed = 0 (rule)" in talked.out
+    assert "seed = 0 (sampling)" in talked.out
+    assert "seed = 7 (rule and sampling)" in talked.out
+    first = talk("hi", options=(*random, "--seed", 7)).out.strip()
+    second = talk("hi", options=(*random, "--seed", 8)).out.strip()
+    assert first != second
+    assert first in talked.out
+    assert second in talked.out
+
+
+def test_a_value_that_one_of_them_refuses_is_set_for_none() -> None:
+    from coreinfer.cli.chat import Chat
+    from coreinfer.runtime.sampling import SamplingParams
+    from coreinfer.selectors import Random
+
+    settings = {"selector": Random(), "stand_in": None, "params": SamplingParams()}
+    chat = Chat(lambda: None, settings)  # type: ignore[arg-type, return-value]
+    with pytest.raises(UserError, match="the seed must be 0 to"):
+        chat.handle(f"/set seed {2**63}")
+    assert (settings["selector"].seed, settings["params"].seed) == (0, 0)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

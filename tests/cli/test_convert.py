@@ -11,6 +11,8 @@ import pytest
 
 from coreinfer.backends.native.container import WEIGHTS, open_container
 from coreinfer.cli import convert as verb
+from coreinfer.cli.main import main
+from coreinfer.kernels.formats import WeightFormat
 from tests.cli.conftest import Cli, refusal
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -33,6 +35,16 @@ def test_convert_writes_a_model_and_describes_it(cli: Cli, model_dir: Path, tmp_
     assert {**described, "out": str(out)} == about
     plain = cli("info", model_dir, "--json")
     assert json.loads(plain.out)["model_fingerprint"] == about["model_fingerprint"]
+
+
+def test_the_help_names_the_group_sizes_that_the_code_has(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    named = " ".join(capsys.readouterr().out.split()).split("(default: ")
+    sizes = [f"{WeightFormat.named(dtype).group_size} of {dtype}" for dtype in ("int8", "int4")]
+    assert any(text.startswith(f"{', '.join(sizes)})") for text in named)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])

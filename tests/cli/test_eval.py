@@ -212,6 +212,18 @@ def test_model_args_are_the_options_of_the_command_line(model_dir: Path, given: 
     }  # fmt: skip
 
 
+def test_a_plus_is_a_comma_in_lists_alone(model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "c++"
+    folder.symlink_to(model_dir)
+    model = CoreInfer.create_from_arg_string(
+        f"pretrained={folder},backend=hf,budgets=0=0.5+1=0.25,active_budgets=0-1=0.5+2=0.75"
+    )
+    (rule,) = model.rules.values()
+    selector = rule.setting.describe()["selector"]
+    assert selector["budgets"] == {"0": 0.5, "1": 0.25}
+    assert selector["active_budgets"] == {"0": 0.5, "1": 0.5, "2": 0.75}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -166,6 +166,11 @@ def test_a_saved_core_set_decodes_as_the_rule_that_chose_it(
     assert by_file["density"] == by_rule["density"]
     assert by_file["dense_layers"] == [1]
     assert by_file["selector"] == "fixed"
+    assert (by_rule["beta"], by_file["beta"]) == (0.3, None)
+    told = cli(*answer, *rule, "--core-set", tmp_path / "set")
+    assert json.loads(told.out)["token_ids"] == by_rule["token_ids"]
+    for option in ("selector", "beta", "dense-layers"):
+        assert f"note: --{option} has no effect with --core-set" in told.err
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,37 @@ def test_a_list_of_stop_texts_is_several_stop_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "argv", "expected"),
+    [
+        ("bytes = 0.5", ["tune", "--budget", "kl<=1"], {"budget": "kl<=1", "bytes": None}),
+        ("bytes = 0.5", ["tune"], {"budget": None, "bytes": 0.5}),
+        ("bytes = 0.5", ["tune", "--bytes", "0.7"], {"budget": None, "bytes": 0.7}),
+        ('prompt = "x"', ["generate", "--prompt-file=f"], {"prompt": None, "prompt_file": "f"}),
+        ('stop = ["a", "c"]', ["generate", "--prompt=x", "--stop", "b"], {"stop": ["b"]}),
+        ('stop = ["a", "c"]', ["generate", "--prompt=x"], {"stop": ["a", "c"]}),
+        ('model = ["a", "b"]', ["analyze", "--out=o", "--model", "c"], {"model": ["c"]}),
+        ('core-set = "s"', ["generate", "--prompt=x", "--selector=impact"], {"core_set": None}),
+        ('core-set = "s"', ["generate", "--prompt=x"], {"core_set": "s"}),
+    ],
+)
+def test_what_is_typed_wins_over_what_it_takes_the_place_of(
+    tmp_path: Path, settings: str, argv: list[str], expected: dict[str, object]
+) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(settings)
+    parser = build_parser()
+    if argv[0] == "tune":
+        argv = [*argv, "--prompts", "p", "--out", "o"]
+    args = vars(parser.parse_args(expand_config(parser, [*argv, "--config", str(path)])))
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_options_are_typed_in_full(cli: Cli) -> None:
+    line = refusal(cli("generate", "--prompt", "hi", "--conf", "settings.toml"))
+    assert "unrecognized arguments: --conf" in line
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("betta = 0.5", "'betta' is no setting; did you mean 'beta'?"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from coreinfer.errors import UserError
-from coreinfer.files import describe_os_error, replace_when_done
+from coreinfer.files import describe_os_error, replace, replace_when_done
 
 
 def interrupted(path: Path, error: type[BaseException]) -> None:
@@ -93,6 +94,33 @@ def test_a_folder_that_cannot_be_replaced_stays(
     with pytest.raises(UserError, match="the disk is failing"), replace_when_done(path) as partial:
         partial.mkdir()
     assert names(path) == ["kept"]
+    assert names(tmp_path) == ["store"]
+
+
+@pytest.mark.parametrize(("move", "left"), [("rename", "old"), ("replace", "new")])
+def test_ctrl_c_between_the_moves_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, move: str, left: str
+) -> None:
+    path = tmp_path / "store"
+    path.mkdir()
+    (path / "old").write_text("the only copy")
+    original = getattr(Path, move)
+    pressed: list[Path] = []
+
+    def moved_and_pressed(source: Path, target: Path) -> None:
+        original(source, target)
+        pressed.append(source)
+        if len(pressed) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, move, moved_and_pressed)
+    new = tmp_path / "fresh" / "store"
+    new.mkdir(parents=True)
+    (new / "new").write_text("another")
+    with pytest.raises(KeyboardInterrupt):
+        replace(new, path, new.with_name("replaced"))
+    shutil.rmtree(new.parent)
+    assert names(path) == [left]
     assert names(tmp_path) == ["store"]
 
 

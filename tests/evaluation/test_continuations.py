@@ -49,6 +49,19 @@ def test_a_text_that_is_too_short_is_refused(count: int) -> None:
         windows(tiny_backend(), TEXT, count=count, prompt_tokens=30, continuation_tokens=12)
 
 
+def test_windows_longer_than_the_model_reads_are_refused() -> None:
+    backend = tiny_backend()
+    message = r"windows of 500 \+ 13 tokens are longer than the 512 that tiny-llama reads"
+    with pytest.raises(UserError, match=message):
+        windows(backend, TEXT, count=1, prompt_tokens=500, continuation_tokens=13)
+    whole = windows(backend, TEXT, count=1, prompt_tokens=500, continuation_tokens=12)
+    longer = [Window([1, *whole[0].prompt], whole[0].continuation, TEXT)]
+    settings = {"impact": Setting(Impact(beta=0.5)), "oracle": Setting(Oracle(beta=0.5))}
+    assert [len(found["impact"].nll) for found in measure(backend, whole, settings)] == [1]
+    with pytest.raises(UserError, match=r"windows of 501 \+ 12 tokens"):
+        list(measure(backend, [*whole, *longer], settings, batch_size=1))
+
+
 def test_keeping_everything_costs_nothing() -> None:
     results = measured({"all": Setting(Stability(beta=1.0)), "none": Setting(Random(beta=0.05))})
     assert results["all"].kl == pytest.approx([0.0] * 5, abs=1e-6)

@@ -338,3 +338,46 @@ def test_the_lone_beginning_of_sequence_token_counts() -> None:
     (choice,) = session.select(RULE)
     h = activations(session._backend.model, [BOS])
     assert sets([choice]) == [{i: core_set(x[1], 0.3, 0.4) for i, x in enumerate(h)}]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "gpt2"])
+@pytest.mark.parametrize("stand_in", [None, Linear(rank=4)])
+def test_sequences_that_are_fed_nothing_do_not_touch_the_others(
+    family: str, stand_in: StandIn | None
+) -> None:
+    batch, alone = start(family, stand_in=stand_in), start(family, stand_in=stand_in)
+    batch.prefill([A, B, A[::-1]])
+    batch.select(RULE, stand_in)
+    alone.prefill([B])
+    alone.select(RULE, stand_in)
+    for fed in ([[5], [1], [6]], [[], [2], [7]], [[], [3], []], [[], [4, 5], []]):
+        want = alone.decode(fed[1:2])[0]
+        close(batch.decode(fed)[1], want, rtol=1e-3, atol=1e-3)
+
+
+def test_core_neurons_of_sequences_that_are_fed_nothing_are_not_read() -> None:
+    session = start(stand_in=Linear(rank=4))
+    session.prefill([A, B])
+    session.select(RULE, Linear(rank=4))
+    want = session.fork().decode([[1], [2]])
+    for compact in session.compact.values():
+        for linear in (*compact.inputs, compact.output, compact.left, compact.right):
+            assert linear is not None
+            linear.weight[1] = torch.nan
+    got = session.decode([[1], []])
+    close(got[0], want[0], rtol=1e-4, atol=1e-4)
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_a_sequence_ends_where_the_model_stops_reading(family: str) -> None:
+    model = tiny_model(family, max_position_embeddings=16)
+    session = HfBackend(model, tiny_tokenizer(), "t").start(RecordingPlan.of(RULE))
+    session.prefill([A, B])
+    session.decode([[1] * 5, [1]], Phase.SCORE)
+    with pytest.raises(UserError, match="reads 16 tokens at most, this would be 17"):
+        session.decode([[1], []])
+    with pytest.raises(UserError, match="reads 16 tokens"):
+        session.prefill([[1, 2], [3]])
+    session.decode([[], [4]])
+    assert session.evidence()[0].tokens == len(A)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+
 import pytest
 import torch
 from torch import Tensor
 
 from coreinfer.kernels.formats import GROUP_SIZES
 from coreinfer.kernels.four_bits import fit_four_bits, fit_four_bits_twin, nearest
+from coreinfer.kernels.library import kernel_path
 from tests.kernels.paths import NATIVE, using
 
 KINDS = {
@@ -52,6 +56,23 @@ def test_the_native_search_is_as_good_as_the_twins(kind: str, size: int, path: s
     assert (error(grouped, *found) <= 1.02 * error(grouped, *wanted) + floor).all()
     same = (found[0] == wanted[0]) & (found[1] == wanted[1])
     assert same.float().mean() > 0.9
+
+
+@pytest.mark.skipif(kernel_path() == "twin", reason="no native kernels were built")
+def test_searches_of_one_thread_run_side_by_side() -> None:
+    """While one takes long, no other one waits for it."""
+    small, large = groups("normal", 32), groups("normal", 64).repeat(10000, 1, 1)
+    wanted = fit_four_bits(small, threads=1)
+    waits = []
+    with ThreadPoolExecutor(1) as pool:
+        began = perf_counter()
+        long = pool.submit(fit_four_bits, large, 1)
+        while not long.done():
+            asked = perf_counter()
+            found = fit_four_bits(small, threads=1)
+            waits.append(perf_counter() - asked)
+            assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    assert max(waits) < (perf_counter() - began) / 2
 
 
 @pytest.mark.parametrize("path", [*NATIVE, None])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+
 import pytest
 import torch
 from hypothesis import given
@@ -218,6 +221,15 @@ def test_a_mapping_is_used_again_only_when_nothing_of_it_is_left() -> None:
     assert bool((part == 7).all())
     del part
     assert taken().data_ptr() == place
+
+
+def test_a_kernel_without_huge_pages_serves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(mmap.mmap):
+        def madvise(self, *_args: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Plain)
+    assert len(Mappings().take(1 << 22)) == 1 << 22
 
 
 def test_mappings_that_do_not_fit_are_given_back() -> None:

@@ -212,6 +212,30 @@ def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
     assert_same(tensors_of(out), dict(weights_from(model, INT8).tensors))
 
 
+def test_a_run_that_is_killed_before_it_has_tidied_up_is_in_nobodys_way(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = convert(str(folder), INT8, tmp_path / "out")
+    script = (
+        "import os, signal, sys\n"
+        "from coreinfer.backends.native import convert\n"
+        "from coreinfer.kernels.formats import WeightFormat\n"
+        "replace = convert.replace_folder\n"
+        "def replace_and_die(*args):\n"
+        "    replace(*args)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "convert.replace_folder = replace_and_die\n"
+        "convert.convert(sys.argv[1], WeightFormat('int4', 32), sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", script, str(folder), str(out)]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert open_container(out).manifest.format == INT4
+    convert(str(folder), INT8, out)
+    assert open_container(out).manifest.format == INT8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny"]
+
+
 def test_unfinished_work_on_other_files_is_not_used(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(str(folder), INT8, tmp_path / "out", on_bytes=stop_at(0.6, KeyboardInterrupt()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from coreinfer.backends.native.memory import available_memory, needed_memory, re
 from coreinfer.backends.native.tensors import tensor_plans
 from coreinfer.backends.native.weights import weights_from
 from coreinfer.errors import UserError
+from coreinfer.kernels import library
 from coreinfer.kernels.formats import WeightFormat
 from coreinfer.selectors import Dense, Impact
 from tests.native.pairs import FORMATS
@@ -54,6 +57,56 @@ def test_a_model_folder_is_converted_once_and_equals_the_model_in_memory(
     assert weights.config == made.config
     for plan in tensor_plans(made.config):
         assert torch.equal(weights.tensors[plan.name], made.tensors[plan.name]), plan.name
+
+
+@pytest.fixture
+def another_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, object], None]]:
+    """Puts another value where the kernels are looked for, as a fresh process would find it."""
+
+    def forget() -> None:
+        for cached in (library._load, library._resolve, opening._tell_of_missing_kernels):
+            cached.cache_clear()
+
+    def put(name: str, value: object) -> None:
+        monkeypatch.setattr(library, name, value)
+        forget()
+
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    forget()
+    yield put
+    monkeypatch.undo()
+    forget()
+
+
+def test_kernels_that_are_missing_are_told_once(
+    folder: Path,
+    tmp_path: Path,
+    another_library: Callable[[str, object], None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told() -> list[str]:
+        caplog.clear()
+        for _ in range(2):
+            coreinfer.load(str(folder), backend="native")
+        return [record.getMessage() for record in caplog.records if record.name == opening.__name__]
+
+    if library.native():
+        assert told() == []
+    other = tmp_path / "kernels.so"
+    other.write_text("of another machine")
+    cases: list[tuple[str, object, str]] = [
+        ("ABI_VERSION", -1, "of another version of coreinfer; install it anew"),
+        ("_find", lambda: str(other), "kernels.so.*; install coreinfer anew on this machine"),
+        ("_find", lambda: None, "were not built; install a C\\+\\+ compiler"),
+    ]
+    for name, value, reason in cases[0 if library.native() else 1 :]:
+        another_library(name, value)
+        (line,) = told()
+        assert re.fullmatch(f"the native backend computes with plain torch, .*{reason}.*", line)
+    monkeypatch.setenv(library.VARIABLE, "twin")  # who asks for it knows
+    another_library("_find", lambda: None)
+    assert told() == []
 
 
 def test_the_verbs_of_the_api_take_it(folder: Path) -> None:

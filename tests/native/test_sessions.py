@@ -153,6 +153,17 @@ def test_a_fork_costs_no_copy_of_the_cache() -> None:
     assert own.data.data_ptr() != before
 
 
+def test_a_sequence_that_is_fed_nothing_costs_nothing() -> None:
+    session = start()
+    session.prefill([A, B])
+    session.fork().decode([[1], [2]])
+    before = [cache.data.data_ptr() for cache in session._caches]
+    session.decode([[], [3]])
+    first, second = (cache.data.data_ptr() for cache in session._caches)
+    assert (first, session.lengths) == (before[0], [len(A), len(B) + 1])
+    assert second != before[1]
+
+
 def test_one_prefill_serves_different_selectors() -> None:
     pair = tiny_pair()
     session = pair.native.start(RecordingPlan.of(RULE))

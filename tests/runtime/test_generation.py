@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from coreinfer.backends.hf.session import HfBackend
+from coreinfer.backends.base import Backend
+from coreinfer.backends.hf.session import HfBackend, HfSession
 from coreinfer.errors import UserError
 from coreinfer.runtime.generation import generate
 from coreinfer.runtime.records import GenerationRecord
 from coreinfer.runtime.sampling import SamplingParams
 from coreinfer.selectors import Dense, Impact, Oracle, Selector, Stability
 from coreinfer.standins import Linear, StandIn
+from tests.native.pairs import tiny_native
 from tests.tiny import EOS, tiny_backend, tiny_model
 
 PROMPTS = [[72, 101, 108, 108, 111, 32, 119], [65, 66], [200, 3, 7, 7, 9, 120, 31, 5, 88, 90, 17]]
 
 
 def answers(
-    backend: HfBackend,
+    backend: Backend,
     prompts: list[list[int]],
     selector: Selector,
     stand_in: StandIn | None = None,
@@ -27,6 +32,15 @@ def answers(
     params = SamplingParams(**{"max_new_tokens": 12, **sampling})  # type: ignore[arg-type]
     pieces = generate(backend, prompts, selector, stand_in, params)
     return [piece.record for piece in pieces if piece.record is not None]
+
+
+def hf_of_context(family: str, length: int) -> Backend:
+    model = tiny_model(family, max_position_embeddings=length)
+    return HfBackend(model, tiny_backend().tokenizer, "tiny")
+
+
+def native_of_context(family: str, length: int) -> Backend:
+    return tiny_native(family, changes={"max_position_embeddings": length})
 
 
 @pytest.mark.parametrize("selector", [Dense(), Stability(beta=1.0), Impact(dense_layers=(0, 1, 2))])
@@ -110,6 +124,22 @@ def test_the_record_says_what_was_done() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("selector", "beta"),
+    [
+        (Impact(beta=0.3, budgets={0: 0.9, 1: 0.9}), 0.3),
+        (Impact(beta=0.3, budgets={0: 0.9, 1: 0.9, 2: 0.9}), None),
+        (Impact(beta=0.3, budgets={0: 0.9, 1: 0.9}, dense_layers=(2,)), None),
+        (Dense(), 1.0),
+    ],
+)
+def test_beta_is_told_only_where_some_layer_keeps_so_much(
+    selector: Selector, beta: float | None
+) -> None:
+    (record,) = answers(tiny_backend(), PROMPTS[:1], selector, max_new_tokens=2)
+    assert (record.beta, record.gamma) == (beta, None)
+
+
 def test_generation_ends_at_the_end_of_sequence_token() -> None:
     backend = tiny_backend()
     tokens = answers(backend, PROMPTS[:1], Dense())[0].token_ids
@@ -141,6 +171,39 @@ def test_the_answer_stays_inside_the_context() -> None:
     assert record.finish_reason == "length"
     with pytest.raises(UserError, match="the prompt has 16 tokens, tiny reads 16 at most"):
         answers(backend, [[1] * 16], Stability())
+
+
+@pytest.mark.parametrize("make", [hf_of_context, native_of_context])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_an_answer_at_the_end_of_the_context_does_not_end_those_beside_it(
+    make: Callable[[str, int], Backend], family: str
+) -> None:
+    """The first prompt leaves room for 2 tokens, the last for all that are asked for."""
+    backend, prompts = make(family, 32), [[7, *range(29)], PROMPTS[0], PROMPTS[1]]
+    for selector in (Dense(), Impact(beta=0.5), Impact(beta=0.5, active=0.4), Oracle(beta=0.5)):
+        together = answers(backend, prompts, selector, Linear(rank=2))
+        alone = [answers(backend, [prompt], selector, Linear(rank=2))[0] for prompt in prompts]
+        assert [record.generated_tokens for record in together] == [2, 12, 12]
+        assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+        assert [r.bytes_per_token for r in together] == [r.bytes_per_token for r in alone]
+
+
+def test_an_answer_that_has_ended_is_fed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, fed = tiny_backend(), []
+    first = answers(backend, PROMPTS[:1], Dense())[0].token_ids
+    backend.model.generation_config.eos_token_id = [EOS, first[3]]
+    decode = HfSession.decode
+
+    def watched(session: HfSession, token_ids: list[list[int]]) -> Tensor:
+        fed.append(token_ids)
+        return decode(session, token_ids)
+
+    monkeypatch.setattr(HfSession, "decode", watched)
+    records = answers(backend, PROMPTS, Dense())
+    assert records[0].generated_tokens == 4
+    for row, record in enumerate(records):
+        rows = [step[row] for step in fed]
+        assert [token for tokens in rows for token in tokens] == record.token_ids[:-1]
 
 
 def test_the_oracle_looks_at_the_dense_answer() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,6 +41,23 @@ def test_min_p_keeps_what_is_likely_enough(values: list[float], min_p: float) ->
     sampler = Sampler(SamplingParams(temperature=1.0, min_p=min_p))
     for _ in range(20):
         assert chances[sampler(logits)] >= min_p * chances.max() * (1 - 1e-4)
+
+
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=30),
+    st.floats(0, 1e300, exclude_min=True),
+    st.sampled_from([{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}]),
+)
+@example([3.0, 5.0, -2.0], 1e-40, {})
+@example([3.0, 5.0, -2.0], 5e-324, {"top_p": 0.5})
+def test_any_temperature_draws_a_token(
+    values: list[float], temperature: float, more: dict[str, Any]
+) -> None:
+    logits = torch.tensor(values)
+    token = Sampler(SamplingParams(temperature=temperature, **more))(logits)
+    assert 0 <= token < len(values)
+    if temperature < 1e-30:
+        assert logits[token] == logits.max()
 
 
 def test_min_p_at_its_ends() -> None:

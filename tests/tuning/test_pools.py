@@ -25,7 +25,7 @@ from coreinfer.tuning.pools import (
     Processes,
 )
 from coreinfer.tuning.ray_cluster import JOIN_SECONDS, RayCluster, require_ray
-from coreinfer.tuning.work import Measure, Task, Weigh, WorkerSpec
+from coreinfer.tuning.work import Measure, Task, Weigh, Worker, WorkerSpec
 from tests.tiny import tiny_model, tiny_tokenizer
 
 KEYS = [
@@ -88,10 +88,26 @@ def test_processes_give_the_same(spec: WorkerSpec, expected: dict[int, Any]) -> 
         pool.close()
 
 
-def test_a_process_that_ends_is_a_line() -> None:
-    pool = Processes(WorkerSpec("no-such-model", "hf", threads=1), 1)
+class Killed:
+    """A task during which the system ends the process."""
+
+    def run(self, _worker: Worker) -> None:
+        os._exit(9)
+
+
+def test_a_process_that_ends_is_a_line(spec: WorkerSpec) -> None:
+    pool = Processes(spec, 1)
     try:
         with pytest.raises(UserError, match="fewer --jobs"):
+            list(pool.map([Killed()]))
+    finally:
+        pool.close()
+
+
+def test_a_process_that_cannot_begin_says_why() -> None:
+    pool = Processes(WorkerSpec("no-such-model", "hf", threads=1), 1)
+    try:
+        with pytest.raises(UserError, match="no model 'no-such-model'"):
             list(pool.map(TASKS))
     finally:
         pool.close()

@@ -92,6 +92,37 @@ def test_bad_lines_are_named_and_passed_over(backend: HfBackend, tmp_path: Path)
         assert any(part in problem for problem in problems), part  # fmt: skip
 
 
+def test_prompts_without_room_for_an_answer_are_named_and_passed_over(
+    backend: HfBackend, tmp_path: Path
+) -> None:
+    problems: list[str] = []
+    rows = [
+        {"prompt": "a" * 511, "continuation": "yes"},
+        {"prompt": "b" * 600},
+        {"prompt": "c" * 510},
+        {"prompt": "d" * 509, "continuation": "answer"},
+        {"prompt": "good one"},
+    ]
+    path = write(tmp_path / "p.jsonl", rows)
+    split = read_split(backend, path, SMALL, problems.append)
+    found = {w.text[0]: len(w.continuation) for w in (*split.search, *split.report)}
+    assert found == {"c": 2, "d": 3, "g": 4}
+    assert problems == [
+        f"{str(path)!r}: line 2: the prompt has 600 tokens, tiny-llama reads 512 at most and needs "
+        "room for an answer; shorten the prompt",
+        f"the prompt {'a' * 40!r} has an answer of fewer than 2 tokens",
+    ]
+
+
+def test_windows_longer_than_the_model_reads_are_refused(
+    backend: HfBackend, tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text("words and more words\n" * 400)
+    amount = replace(SMALL, prompt_tokens=500, continuation_tokens=13)
+    with pytest.raises(UserError, match=r"^windows of 500 \+ 13 tokens are longer than the 512"):
+        read_split(backend, tmp_path / "t.txt", amount, skip)
+
+
 def test_what_cannot_be_split_says_so(backend: HfBackend, tmp_path: Path) -> None:
     def refused(path: Path, problem: str) -> None:
         with pytest.raises(UserError, match=problem):

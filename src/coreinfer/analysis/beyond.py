@@ -15,6 +15,7 @@ from coreinfer.analysis.materials import Materials
 from coreinfer.analysis.modules import Tap, core_units, keeping, recording
 from coreinfer.analysis.question import Answer
 from coreinfer.analysis.sections import Cell, Chart, Figure, Table
+from coreinfer.analysis.settings import Settings
 from coreinfer.core.measures import mean_overlap
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.errors import UserError
@@ -73,6 +74,9 @@ class Beyond:
     title: ClassVar[str] = "Core neurons outside language models"
     needs_model: ClassVar[bool] = False
     needs_sources: ClassVar[int] = 0
+
+    def windows(self, settings: Settings) -> Sequence[tuple[int, int]]:
+        return []
 
     def ask(self, materials: Materials) -> Answer:
         s = materials.settings

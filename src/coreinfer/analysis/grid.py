@@ -11,6 +11,7 @@ from coreinfer.analysis.intervals import difference
 from coreinfer.analysis.materials import Materials
 from coreinfer.analysis.question import Answer
 from coreinfer.analysis.sections import Cell, Chart, Figure, Table
+from coreinfer.analysis.settings import Settings
 from coreinfer.evaluation.continuations import Quality
 
 Key = tuple[str, float, float]  # rule, alpha, keep
@@ -30,6 +31,9 @@ class Grid:
     title: ClassVar[str] = "Quality against alpha, beta and gamma"
     needs_model: ClassVar[bool] = True
     needs_sources: ClassVar[int] = 1
+
+    def windows(self, settings: Settings) -> Sequence[tuple[int, int]]:
+        return [(settings.prompt_tokens, settings.continuation_tokens)]
 
     def ask(self, materials: Materials) -> Answer:
         s = materials.settings

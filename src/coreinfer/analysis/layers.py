@@ -10,6 +10,7 @@ from coreinfer.analysis.intervals import difference, mean
 from coreinfer.analysis.materials import Materials
 from coreinfer.analysis.question import Answer
 from coreinfer.analysis.sections import Cell, Chart, Figure, Table
+from coreinfer.analysis.settings import Settings
 from coreinfer.core.measures import ReadCost, overlap
 from coreinfer.evaluation.continuations import Quality, Setting, Window
 from coreinfer.evaluation.overlap import core_sets, growing_sets, random_overlap
@@ -34,6 +35,10 @@ class Layers:
     title: ClassVar[str] = "Stability of core neurons by layer, and what a budget per layer gains"
     needs_model: ClassVar[bool] = True
     needs_sources: ClassVar[int] = 1
+
+    def windows(self, settings: Settings) -> Sequence[tuple[int, int]]:
+        s = settings
+        return [(max(s.lengths), NEXT), (s.prompt_tokens, s.continuation_tokens)]
 
     def ask(self, materials: Materials) -> Answer:
         s = materials.settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from coreinfer.analysis.disturbances import mixed, shuffled_sentences
@@ -10,6 +10,7 @@ from coreinfer.analysis.intervals import difference
 from coreinfer.analysis.materials import Materials
 from coreinfer.analysis.question import Answer
 from coreinfer.analysis.sections import Cell, Chart, Figure, Table
+from coreinfer.analysis.settings import Settings
 from coreinfer.analysis.texts import ending, window_of
 from coreinfer.evaluation.continuations import Quality, Window, encoded_prefix
 
@@ -31,6 +32,9 @@ class PromptLength:
     title: ClassVar[str] = "Stability-guided, similarity-guided or auto, by length and coherence"
     needs_model: ClassVar[bool] = True
     needs_sources: ClassVar[int] = 1
+
+    def windows(self, settings: Settings) -> Sequence[tuple[int, int]]:
+        return [(max(*settings.lengths, settings.prompt_tokens), settings.continuation_tokens)]
 
     def ask(self, materials: Materials) -> Answer:
         s = materials.settings

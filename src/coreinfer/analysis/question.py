@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 
 from coreinfer.analysis.materials import Materials
 from coreinfer.analysis.sections import Figure, Table
+from coreinfer.analysis.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Question(Protocol):
     title: ClassVar[str]
     needs_model: ClassVar[bool]
     needs_sources: ClassVar[int]
+
+    def windows(self, settings: Settings) -> Sequence[tuple[int, int]]:
+        """Tokens of prompt and continuation of the longest windows that it reads."""
+        ...
 
     def ask(self, materials: Materials) -> Answer:
         """Measure and say what was found.

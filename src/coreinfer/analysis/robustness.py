@@ -13,6 +13,7 @@ from coreinfer.analysis.long_generation import courses
 from coreinfer.analysis.materials import ALPHA, Materials
 from coreinfer.analysis.question import Answer
 from coreinfer.analysis.sections import Cell, Chart, Figure, Table
+from coreinfer.analysis.settings import Settings
 from coreinfer.analysis.texts import ending, window_of
 from coreinfer.core.measures import mean_overlap
 from coreinfer.evaluation.continuations import Quality, Window
@@ -41,6 +42,10 @@ class Robustness:
     title: ClassVar[str] = "Robustness: other domains, long answers, noise, topics, short prompts"
     needs_model: ClassVar[bool] = True
     needs_sources: ClassVar[int] = 2
+
+    def windows(self, settings: Settings) -> Sequence[tuple[int, int]]:
+        s = settings
+        return [(s.prompt_tokens, max(long_continuation(s), s.continuation_tokens))]
 
     def ask(self, materials: Materials) -> Answer:
         findings: list[str] = []
@@ -99,11 +104,16 @@ def domain_shift(materials: Materials, findings: list[str]) -> Figure:
     )
 
 
+def long_continuation(settings: Settings) -> int:
+    """Whole periods, in tokens."""
+    return settings.long_tokens // settings.period * settings.period
+
+
 def long_generation(materials: Materials, findings: list[str]) -> Figure:
     """KL by distance from the prompt, by policy, for the paper's rule, for impact, and for what
     else `materials.rules` makes."""
     s = materials.settings
-    tokens = s.long_tokens // s.period * s.period
+    tokens = long_continuation(s)
     windows = materials.interleaved(continuation_tokens=tokens)
     dense_tokens = [count for count in DENSE_TOKENS if count < s.period]
     cells: list[dict[str, Cell]] = []

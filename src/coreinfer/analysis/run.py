@@ -32,6 +32,7 @@ from coreinfer.analysis.texts import Source, require_distinct
 from coreinfer.backends.base import Backend
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.errors import UserError, meant
+from coreinfer.evaluation.continuations import require_window
 from coreinfer.files import describe_os_error, replace_when_done
 from coreinfer.semantics.store import ClusterStore
 
@@ -124,8 +125,8 @@ def analyze(
         on_progress: told what is going on.
 
     Raises:
-        UserError: if the texts are not enough, a store is for none of the models, matplotlib is
-            missing, or the place cannot be written.
+        UserError: if the texts are not enough, windows are longer than a model reads, a store is
+            for none of the models, matplotlib is missing, or the place cannot be written.
     """
     require_plots()
     require_distinct(sources)
@@ -141,7 +142,9 @@ def analyze(
     unused: list[ClusterStore | CalibrationStore] = [*stores, *calibrations]
     if unused and not models:
         raise UserError("none of these questions takes a store; leave it out")
-    every = _materials(models, sources, settings, place, stores, calibrations, on_progress)
+    every = _materials(
+        models, questions, sources, settings, place, stores, calibrations, on_progress
+    )
     for number, materials in enumerate(every, start=1):
         taken = (materials.clusters, materials.calibration)
         unused = [store for store in unused if all(store is not one for one in taken)]
@@ -165,6 +168,7 @@ def analyze(
 
 def _materials(
     models: Mapping[str, Callable[[], Backend]],
+    questions: Sequence[Question],
     sources: Sequence[Source],
     settings: Settings,
     place: Place,
@@ -182,10 +186,22 @@ def _materials(
                 raise UserError(
                     f"dense layer {layer} is outside {backend.model_name}, which has 0 to {last}"
                 )
+        for question in questions:
+            if question.needs_model:
+                _require_windows(backend, question, settings)
         yield Materials(
             lambda backend=backend: backend,  # type: ignore[misc]
             tuple(sources), settings, place.work, next(own, None), next(learnt, None), on_progress,
         )  # fmt: skip
+
+
+def _require_windows(backend: Backend, question: Question, settings: Settings) -> None:
+    """Raises UserError where a question has windows that the model cannot read."""
+    for prompt_tokens, continuation_tokens in question.windows(settings):
+        try:
+            require_window(backend, prompt_tokens, continuation_tokens)
+        except UserError as error:
+            raise UserError(f"the question {question.name!r}: {error}") from None
 
 
 def _no_model() -> Backend:

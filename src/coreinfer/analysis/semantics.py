@@ -16,6 +16,7 @@ from coreinfer.analysis.intervals import Estimate, pair_correlation
 from coreinfer.analysis.materials import Materials
 from coreinfer.analysis.question import Answer
 from coreinfer.analysis.sections import Cell, Chart, Figure, Table
+from coreinfer.analysis.settings import Settings
 from coreinfer.api import in_batches
 from coreinfer.core.coreset import CoreSet
 from coreinfer.evaluation.overlap import pairwise_overlap, random_overlap
@@ -45,6 +46,9 @@ class Semantics:
     title: ClassVar[str] = "Semantic similarity against core-neuron overlap"
     needs_model: ClassVar[bool] = True
     needs_sources: ClassVar[int] = 2
+
+    def windows(self, settings: Settings) -> Sequence[tuple[int, int]]:
+        return [(settings.prompt_tokens, settings.continuation_tokens)]
 
     def ask(self, materials: Materials) -> Answer:
         s, backend = materials.settings, materials.backend

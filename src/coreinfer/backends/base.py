@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coreinfer.core.coreset import CoreSet
 from coreinfer.core.measures import ReadCost
+from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors import Selector
 from coreinfer.selectors.evidence import Evidence
@@ -41,6 +42,12 @@ class Choice:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+def require_context(length: int | None, tokens: int) -> None:
+    """Raises UserError if a sequence of so many tokens is longer than the model reads."""
+    if length is not None and tokens > length:
+        raise UserError(f"the model reads {length} tokens at most, this would be {tokens}")
+
+
 class Session(Protocol):
     """A batch of sequences in flight: KV cache, statistics and, once selected, core neurons."""
 
@@ -57,7 +64,7 @@ class Session(Protocol):
             Logits that follow each sequence's last token, [B, V].
 
         Raises:
-            UserError: if a sequence gets no token.
+            UserError: if a sequence gets no token, or becomes longer than the model reads.
         """
         ...
 
@@ -73,7 +80,11 @@ class Session(Protocol):
         """Append tokens, none or more a sequence; logits after each, [B, T, V].
 
         Shorter sequences are padded on the right; logits there mean nothing, and no further
-        `decode` may follow for them. Before `select`, all neurons are used.
+        `decode` may follow for them, other than of no token: that costs next to nothing. Before
+        `select`, all neurons are used.
+
+        Raises:
+            UserError: if a sequence becomes longer than the model reads.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from coreinfer.runtime.conversation import Conversation
     from coreinfer.runtime.records import GenerationRecord
     from coreinfer.selectors import Selector
+
+OWNERS = {"selector": "rule", "stand_in": "stand-in", "params": "sampling"}
 
 HELP = """\
 /help              this list
@@ -134,12 +136,14 @@ class Chat:
         name, _, text = rest.partition(" ")
         values = self._changeable()
         if not name:
-            for key, (_, value) in values.items():
-                print(f"{key} = {json.dumps(value)}")
+            for key, found in values.items():
+                for owner, value in found.items():
+                    print(f"{key} = {json.dumps(value)}" + _of([owner] if len(found) > 1 else []))
             return
         if name not in values:
             raise UserError(f"there is no setting {name!r}; there are {', '.join(values)}")
-        owner, old = values[name]
+        owners = values[name]
+        old = next(iter(owners.values()))
         try:
             value = json.loads(text)
         except ValueError:
@@ -148,18 +152,20 @@ class Chat:
             raise UserError(f"{name} needs a value such as {json.dumps(old)}, got {text!r}")
         if isinstance(old, int) and isinstance(value, float):
             raise UserError(f"{name} is a whole number, got {text!r}")
-        self._settings[owner] = replace(self._settings[owner], **{name: value})
-        print(f"{name} = {json.dumps(value)}")
+        # First all of them: one that refuses the value leaves the others as they are.
+        changed = {owner: replace(self._settings[owner], **{name: value}) for owner in owners}
+        self._settings.update(changed)
+        print(f"{name} = {json.dumps(value)}" + _of(list(owners) if len(owners) > 1 else []))
 
-    def _changeable(self) -> dict[str, tuple[str, Any]]:
-        """Number and switch settings: name -> (what it belongs to, its value)."""
-        return {
-            field.name: (owner, value)
-            for owner, thing in self._settings.items()
-            if thing is not None
-            for field in fields(thing)
-            if isinstance(value := getattr(thing, field.name), (bool, int, float))
-        }
+    def _changeable(self) -> dict[str, dict[str, Any]]:
+        """Number and switch settings: name -> what it belongs to, with its value there."""
+        found: dict[str, dict[str, Any]] = {}
+        for owner, thing in self._settings.items():
+            for field in () if thing is None else fields(thing):
+                value = getattr(thing, field.name)
+                if isinstance(value, (bool, int, float)):
+                    found.setdefault(field.name, {})[owner] = value
+        return found
 
     def _stats(self, _rest: str) -> None:
         print("nothing was answered yet" if self._last is None else summary(self._last))
@@ -181,6 +187,11 @@ class Chat:
     def _reset(self, _rest: str) -> None:
         self._conversation = self._new_conversation()
         print("the conversation starts anew")
+
+
+def _of(owners: Sequence[str]) -> str:
+    """What a setting belongs to, where several things have one of its name."""
+    return f" ({' and '.join(OWNERS[owner] for owner in owners)})" if owners else ""
 
 
 def _read_line() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,8 +16,14 @@ else:
     import tomli as tomllib
 
 
-# Options of single layers, by those of all.
-BY_LAYER = MappingProxyType({"--budgets": ("--beta", "--gamma"), "--active-budgets": ("--active",)})
+# Options whose place others take: of single layers those of all, of a given set a rule.
+YIELDS_TO = MappingProxyType(
+    {
+        "--budgets": ("--beta", "--gamma"),
+        "--active-budgets": ("--active",),
+        "--core-set": ("--selector",),
+    }
+)
 
 
 def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
@@ -25,8 +31,10 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
 
     A key is the name of a long option, with - or _; lists stand for comma-separated values (or for
     an option given several times, where it may be), a table for `key=value` pairs. What is typed
-    comes later and so wins; an option for all layers wins over the file's budgets of single ones. A
-    setting of another verb is left out, so that one file can serve them all.
+    comes later and so wins; an option for all layers wins over the file's budgets of single ones, a
+    rule over its core set, one of several options of which one can be given over the others, and an
+    option that can be given several times over the file's list. A setting of another verb is left
+    out, so that one file can serve them all.
 
     Raises:
         UserError: if the file is missing or no TOML, or a key is no option of any verb.
@@ -37,21 +45,32 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
         return list(argv)
     known = {option for verb in verbs.values() for option in verb._option_string_actions}
     known -= {"--config", "--help"}
-    mine = verbs[argv[0]]._option_string_actions
+    verb = verbs[argv[0]]
+    mine = verb._option_string_actions
     settings: list[str] = []
     for key, value in _read(path).items():
         option = f"--{key.replace('_', '-')}"
-        if _is_typed(BY_LAYER.get(option, ()), argv):
-            continue
         if option not in known:
             hint = meant(key, sorted(one.removeprefix("--") for one in known))
             raise UserError(f"{path!r}: {key!r} is no setting; {hint}".rstrip("; "))
-        if option in mine:
+        if option in mine and not _is_typed(_stronger(verb, option), argv):
             settings += _as_arguments(mine[option], option, value)
     return [argv[0], *settings, *argv[1:]]
 
 
-def _is_typed(options: Sequence[str], argv: Sequence[str]) -> bool:
+def _stronger(verb: argparse.ArgumentParser, option: str) -> set[str]:
+    """The options that take the place of this one in a settings file, when they are typed."""
+    action = verb._option_string_actions[option]
+    found = set(YIELDS_TO.get(option, ()))
+    for group in verb._mutually_exclusive_groups:
+        if action in group._group_actions:
+            found.update(one for other in group._group_actions for one in other.option_strings)
+    if isinstance(action, argparse._AppendAction):
+        found.update(action.option_strings)
+    return found
+
+
+def _is_typed(options: Collection[str], argv: Sequence[str]) -> bool:
     return any(argument.split("=")[0] in options for argument in argv)
 
 

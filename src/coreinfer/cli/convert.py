@@ -34,7 +34,8 @@ def add_parser(verbs: Any) -> None:
         "--group-size",
         type=whole,
         metavar="G",
-        help="int8, int4: weights that share a scale, 16, 32, 64, 128 or 256 (default: 64)",
+        help="int8, int4: weights that share a scale, 16, 32, 64, 128 or 256 "
+        "(default: 32 of int8, 64 of int4)",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
     parser.add_argument("--json", action="store_true", help="describe the result as a JSON object")

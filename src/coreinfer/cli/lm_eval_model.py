@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from coreinfer.cli import options
 from coreinfer.cli.terminal import Bar
-from coreinfer.cli.values import whole
+from coreinfer.cli.values import layer_budgets, layer_list, whole
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Setting
 from coreinfer.evaluation.harness.model import HarnessModel
@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 class CoreInfer(HarnessModel):
     """A model from lm-eval's arguments: `pretrained=MODEL`, and any option of `coreinfer score`
     by its name with _ for -, such as `selector=impact,beta=0.5,stand_in=none,dense_layers=0-2+28`
-    (a + stands for a comma, which separates arguments there), and `scoring=dense`.
+    (in lists a + stands for a comma, which separates arguments there), and `scoring=dense`.
     """
 
     @classmethod
@@ -48,7 +48,8 @@ class CoreInfer(HarnessModel):
         options.add_stand_in_options(parser)
         parser.add_argument("--scoring", choices=("sparse", "dense"), default="sparse")
         parser.add_argument("--batch-size", type=whole, default=8)
-        args = parser.parse_args(_as_arguments(_beside(additional_config or {}) | dict(arg_dict)))
+        given = _beside(additional_config or {}) | dict(arg_dict)
+        args = parser.parse_args(_as_arguments(parser, given))
         setting = Setting(options.selector_from(args), options.stand_in_from(args))
         bar = Bar()
         return cls(
@@ -75,7 +76,13 @@ def _beside(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _as_arguments(given: Mapping[str, Any]) -> list[str]:
+def _as_arguments(parser: argparse.ArgumentParser, given: Mapping[str, Any]) -> list[str]:
+    lists = {
+        option
+        for action in parser._actions
+        if action.type in (layer_list, layer_budgets)
+        for option in action.option_strings
+    }
     arguments = []
     for name, value in given.items():
         option = "--model" if name == "pretrained" else f"--{name.replace('_', '-')}"
@@ -85,5 +92,5 @@ def _as_arguments(given: Mapping[str, Any]) -> list[str]:
             continue
         else:
             text = "none" if value is None else str(value)
-            arguments.append(f"{option}={text.replace('+', ',')}")
+            arguments.append(f"{option}={text.replace('+', ',') if option in lists else text}")
     return arguments

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from coreinfer import __version__
 from coreinfer.cli import (
@@ -43,14 +43,20 @@ for a prompt, found while the prompt is prefilled (arXiv 2410.18311).
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake as one line, like every other mistake of the user."""
+    """Reports a mistake as one line, like every other mistake of the user.
+
+    Options are typed in full, those of verbs too: `--config` looks for what is typed.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see '{self.prog} --help'")
 
 
 def build_parser() -> Parser:
-    parser = Parser("coreinfer", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser("coreinfer", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"coreinfer {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for verb in VERBS:

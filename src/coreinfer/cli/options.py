@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help must 
     from coreinfer.standins import StandIn
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_SELECTOR = "impact"
 SELECTOR_NAMES = (
     "dense", "stability", "similarity", "auto", "impact", "griffin", "residual", "static",
     "random", "oracle",
@@ -190,7 +191,6 @@ def add_selection_options(parser: argparse.ArgumentParser, *, one_rule: bool = T
 def _add_one_rule(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--selector",
-        default="impact",
         choices=SELECTOR_NAMES,
         help="the rule. impact: largest contribution |h| * |W_down column| (default); stability: "
         "the prompt's most counted neurons (the paper's rule); similarity: those of the nearest "
@@ -289,36 +289,38 @@ def selector_from(args: argparse.Namespace, *, quiet: bool = False) -> Selector:
     from coreinfer.semantics.store import ClusterStore
 
     given = {name: value for name in SELECTION if (value := getattr(args, name)) is not None}
-    for name in ("alpha", "beta", "gamma"):  # also where the rule has no use for it
-        if name in given:
-            require_ratio(name, given[name])
+    for ratio in ("alpha", "beta", "gamma"):  # also where the rule has no use for it
+        if ratio in given:
+            require_ratio(ratio, given[ratio])
     if args.core_set is not None:
         skipping = {name: given.pop(name) for name in SKIPPING & given.keys()}
-        point_out(given.keys() - {"seed"}, "--core-set")
+        unused = given.keys() - {"seed"}
+        point_out(unused if args.selector is None else unused | {"selector"}, "--core-set")
         return Fixed(core_set=CoreSet.load(args.core_set), **skipping)
-    rule = SELECTORS[args.selector]
+    name = args.selector or DEFAULT_SELECTOR
+    rule = SELECTORS[name]
     takes: dict[str, Any] = {field.name: field for field in fields(rule)}
     if rule.keep_name != "beta":
         del takes["beta"]  # a rule with a name of its own for the fraction it keeps
-    if args.selector == "dense":
+    if name == "dense":
         takes = {name: value for name, value in takes.items() if name not in SKIPPING}
     if "calibration" in takes:
-        given["calibration"] = calibration_from(args, f"--selector {args.selector}")
+        given["calibration"] = calibration_from(args, f"--selector {name}")
     if "clusters" in takes:
         if "clusters" in given:
             given["clusters"] = ClusterStore.load(given["clusters"])
-        elif args.selector == "static" and "calibration" in given:  # it too has the corpus' counts
+        elif name == "static" and "calibration" in given:  # it too has the corpus' counts
             given["clusters"] = calibration_from(args, "--selector static")
         else:
             raise UserError(
-                f"--selector {args.selector} needs --clusters STORE, made by 'coreinfer cluster'"
+                f"--selector {name} needs --clusters STORE, made by 'coreinfer cluster'"
             )
-    if getattr(args, "stand_in", None) == "calibrated" or args.selector == "static":
+    if getattr(args, "stand_in", None) == "calibrated" or name == "static":
         takes.setdefault("calibration", None)  # it is of use, though not to the rule
     if not quiet:
-        point_out(given.keys() - takes.keys() - {"seed"}, f"--selector {args.selector}")
+        point_out(given.keys() - takes.keys() - {"seed"}, f"--selector {name}")
     known = rule.__dataclass_fields__
-    return rule(**{name: value for name, value in given.items() if name in takes and name in known})
+    return rule(**{key: value for key, value in given.items() if key in takes and key in known})
 
 
 def stand_in_from(args: argparse.Namespace, *, quiet: bool = False) -> StandIn | None:

@@ -31,14 +31,25 @@ class Window:
     text: str
 
 
+def require_window(backend: Backend, prompt_tokens: int, continuation_tokens: int) -> None:
+    """Raises UserError if a window of so many tokens is longer than the model reads."""
+    length = backend.context_length
+    if length is not None and prompt_tokens + continuation_tokens > length:
+        raise UserError(
+            f"windows of {prompt_tokens} + {continuation_tokens} tokens are longer than the "
+            f"{length} that {backend.model_name} reads; use shorter ones"
+        )
+
+
 def windows(
     backend: Backend, text: str, *, count: int, prompt_tokens: int, continuation_tokens: int
 ) -> list[Window]:
     """`count` windows of a text, evenly spaced and not overlapping.
 
     Raises:
-        UserError: if the text has too few tokens for them.
+        UserError: if the text has too few tokens for them, or the model reads no such long ones.
     """
+    require_window(backend, prompt_tokens, continuation_tokens)
     ids = list(backend.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     size = prompt_tokens + continuation_tokens
     if count < 1 or prompt_tokens < 1 or continuation_tokens < 1 or len(ids) < count * size:
@@ -144,8 +155,10 @@ def measure(
         All results so far, after each batch; dense decoding is among them as "dense".
 
     Raises:
-        UserError: if a setting does not fit the model.
+        UserError: if a setting or a window does not fit the model.
     """
+    for window in texts:
+        require_window(backend, len(window.prompt), len(window.continuation))
     dense_rule = next((Dense.beside(s.selector) for s in settings.values()), Dense())
     everything = {"dense": Setting(dense_rule), **settings}
     for setting in everything.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class Mappings:
             mapped = mmap.mmap(
                 -1, num_bytes + 2 * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             )
-            mapped.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # advice: a kernel may be built without huge pages
+                mapped.madvise(mmap.MADV_HUGEPAGE)
         view = memoryview(mapped)
         weakref.finalize(view, self._free.append, mapped).atexit = False
         memory = torch.frombuffer(view, dtype=torch.uint8)  # which holds on to the view

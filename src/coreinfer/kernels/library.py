@@ -48,10 +48,16 @@ def native() -> Native | None:
 def supported_paths() -> tuple[str, ...]:
     """Paths that work here, the fastest first; "twin" always does."""
     functions = _load()
-    if functions is None:
+    if isinstance(functions, str):
         return ("twin",)
     fitting = [path for index, path in enumerate(PATHS) if functions.ci_supports(index)]
     return (*reversed(fitting), "twin")
+
+
+def missing() -> str | None:
+    """Why plain torch computes, and what would do; None where it does not, or was asked to."""
+    found = _load()
+    return found if isinstance(found, str) and not os.environ.get(VARIABLE) else None
 
 
 def num_threads(threads: int | None) -> int:
@@ -68,23 +74,28 @@ def _resolve(forced: str) -> Native | None:
         )
     path = forced or supported[0]
     functions = _load()
-    if functions is None or path == "twin":
+    if isinstance(functions, str) or path == "twin":
         return None
     return Native(functions, PATHS.index(path))
 
 
 @cache
-def _load() -> ctypes.CDLL | None:
-    """The library; None if it was not built, or for another version of this package."""
+def _load() -> ctypes.CDLL | str:
+    """The library; where there is none that serves, why and what would do, in one line."""
     file = _find()
-    if sys.byteorder != "little" or file is None:
-        return None
+    if sys.byteorder != "little":
+        return "the kernels are for little-endian processors"
+    if file is None:
+        return "the kernels were not built; install a C++ compiler, then coreinfer anew"
     try:
         functions = ctypes.CDLL(file)
-        if functions.ci_abi_version() != ABI_VERSION:
-            return None
-    except (OSError, AttributeError):  # built for another machine
-        return None
+        version = functions.ci_abi_version()
+    except OSError as error:  # built for another machine
+        return f"{str(error).splitlines()[0]}; install coreinfer anew on this machine"
+    except AttributeError:
+        version = None
+    if version != ABI_VERSION:
+        return f"{file!r} is of another version of coreinfer; install it anew"
     _share_threads(functions)
     return functions
 

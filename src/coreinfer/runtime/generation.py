@@ -135,20 +135,17 @@ def continue_from(
     answers = [_Answer(backend, params, prompt) for prompt in read.tokens]
     steps = _decode(session, read.logits, answers)
     seconds: list[float] = []  # of each step; what the reader of the stream does is not in it
-    read_a_token: dict[int, int] = {}  # of each answer when it ended: it is fed further with others
     began = perf_counter()
     while (texts := next(steps, None)) is not None:
         seconds.append(perf_counter() - began)
-        ended = [i for i, one in enumerate(answers) if one.finish_reason and i not in read_a_token]
-        if ended:
-            sizes = bytes_per_token(backend, session, selector, choices)
-            read_a_token |= {index: sizes[index] for index in ended}
         for index, text in enumerate(texts):
             if text:
                 yield Piece(index, text)
         began = perf_counter()
+    read_a_token = bytes_per_token(backend, session, selector, choices)
     for index, (answer, choice) in enumerate(zip(answers, choices, strict=True)):
         core_set = choice.core_set
+        keep = selector.keep_where(core_set.layers)
         rest = sum(seconds[1 : len(answer.tokens)])
         record = GenerationRecord(
             prompt_tokens=read.prompt_tokens[index],
@@ -158,9 +155,9 @@ def continue_from(
             finish_reason=answer.finish_reason or "length",
             selector=selector.name,
             alpha=selector.counting_alpha,
-            beta=selector.beta if selector.keep_name == "beta" else None,
+            beta=keep if selector.keep_name == "beta" else None,
             active=selector.active_share(core_set.layers),
-            gamma=getattr(selector, "gamma", None),
+            gamma=keep if selector.keep_name == "gamma" else None,
             stand_in="none" if stand_in is None else stand_in.name,
             dense_layers=[i for i in range(core_set.num_layers) if i not in core_set.layers],
             density=core_set.density,
@@ -212,12 +209,16 @@ class _Answer:
 
 
 def _decode(session: Session, logits: Tensor, answers: Sequence[_Answer]) -> Iterator[list[str]]:
-    """Step all answers until each has ended; the texts of each step."""
+    """Step all answers until each has ended; the texts of each step.
+
+    One that has ended is fed nothing: it costs nothing more, and stays inside the context.
+    """
     while True:
         yield [answer.step(row) for answer, row in zip(answers, logits, strict=True)]
         if all(answer.finish_reason for answer in answers):
             return
-        logits = session.decode([[answer.tokens[-1]] for answer in answers])[:, -1]
+        fed = [[] if answer.finish_reason else answer.tokens[-1:] for answer in answers]
+        logits = session.decode(fed)[:, -1]
 
 
 def _dense_answers(backend: Backend, read: Prefilled, params: SamplingParams) -> list[list[int]]:

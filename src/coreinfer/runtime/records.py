@@ -20,6 +20,8 @@ class GenerationRecord:
     all the rest up to the sequence's last token, without what the reader of the stream does. The
     first token comes from the prefill, so `decode_tokens_per_s` counts the tokens after it; None
     when there is none. In a batch a step serves every sequence, and each is given its whole time.
+    `beta` (of `similarity`: `gamma`) is None where it says nothing: with a core set from a file, or
+    with a budget for every sparse layer.
     """
 
     prompt_tokens: int

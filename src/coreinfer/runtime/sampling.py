@@ -84,7 +84,9 @@ class Sampler:
             self._penalty = RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
         self._warpers: list[LogitsProcessor] = []
         if not self._greedy:
-            self._warpers.append(TemperatureLogitsWarper(float(params.temperature)))
+            # Below the least float32 it would be zero there; that is the likeliest token anyway.
+            temperature = max(float(params.temperature), torch.finfo(torch.float32).tiny)
+            self._warpers.append(TemperatureLogitsWarper(temperature))
         if params.top_k:
             self._warpers.append(TopKLogitsWarper(params.top_k))
         if params.top_p < 1:
@@ -106,6 +108,7 @@ class Sampler:
             scores = self._penalty(history, scores)
         if self._greedy:
             return int(scores[0].argmax())
+        scores = scores - scores.max()  # the same chances, and no temperature makes them overflow
         for warper in self._warpers:
             scores = warper(history, scores)
         return int(torch.multinomial(scores.softmax(dim=-1)[0], 1, generator=self._generator))

@@ -92,6 +92,12 @@ class Selector(ABC):
         """The fraction kept in layers without a budget of their own."""
         return float(getattr(self, self.keep_name))
 
+    def keep_where(self, sparse_layers: Iterable[int]) -> float | None:
+        """The fraction kept in those of the layers that have no budget of their own; None if all
+        have one."""
+        layers = set(sparse_layers)
+        return None if layers and layers <= self.budgets.keys() else self.default_keep
+
     @property
     def skips(self) -> bool:
         """Whether some layer may have core neurons that a token does not compute whole."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +20,9 @@ class Fixed(Selector):
     core_set: CoreSet
 
     name: ClassVar[str] = "fixed"
+
+    def keep_where(self, sparse_layers: Iterable[int]) -> float | None:
+        return None  # the set alone says what is kept
 
     def check(self, num_neurons: Sequence[int], fingerprint: str, model: str) -> None:
         self.core_set.require_model(fingerprint, model)

@@ -10,10 +10,13 @@ from pathlib import Path
 from coreinfer.api import LLM
 from coreinfer.backends.base import Backend
 from coreinfer.errors import UserError
-from coreinfer.evaluation.continuations import Window, windows
+from coreinfer.evaluation.continuations import Window, require_window, windows
 from coreinfer.jsonl import OnSkip, is_text, read_jsonl, read_text
+from coreinfer.runtime.generation import require_room
 from coreinfer.runtime.text import encode_prompt
 from coreinfer.selectors import Dense
+
+LEAST_ANSWER = 2  # tokens: the first of a continuation is the dense prefill's and does not count
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Amount:
             "report": 1,
             "descent": 1,
             "prompt_tokens": 1,
-            "continuation_tokens": 2,
+            "continuation_tokens": LEAST_ANSWER,
         }
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -65,14 +68,17 @@ def read_split(backend: Backend, path: str | Path, amount: Amount, on_skip: OnSk
 
     A `.jsonl` file has a prompt a line, {"prompt": ...}, and may have the "continuation" that
     quality is measured on; without one it is the model's own dense answer. Its prompts, each once,
-    go to the two parts by turns. Any other file is one text: windows of its first half are
+    go to the two parts by turns; one that leaves no room for an answer in the model's context goes
+    to `on_skip`. Any other file is one text: windows of its first half are
     searched with, windows of its second half reported on.
 
     Raises:
-        UserError: if the file is missing, damaged or too short to be split.
+        UserError: if the file is missing, damaged or too short to be split, or windows are longer
+            than the model reads.
     """
     if Path(path).suffix.lower() == ".jsonl":
         return _split_prompts(backend, path, amount, on_skip)
+    require_window(backend, amount.prompt_tokens, amount.continuation_tokens)
     text = read_text(path)
     middle = len(text) // 2
     middle = text.find("\n", middle) + 1 or middle
@@ -98,8 +104,17 @@ def read_split(backend: Backend, path: str | Path, amount: Amount, on_skip: OnSk
     return Split(search, cut("report", second, amount.report), descent)
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt of a .jsonl file: as text and as tokens, and the continuation given with it."""
+
+    text: str
+    ids: list[int]
+    continuation: str | None
+
+
 def _split_prompts(backend: Backend, path: str | Path, amount: Amount, on_skip: OnSkip) -> Split:
-    given: dict[str, str | None] = {}
+    given: dict[str, _Prompt] = {}
     wanted = 2 * max(amount.search, amount.report, amount.descent)
     for line, row in read_jsonl(path, ["prompt"], on_skip):
         continuation = row.get("continuation")
@@ -107,11 +122,17 @@ def _split_prompts(backend: Backend, path: str | Path, amount: Amount, on_skip: 
             on_skip(f"{str(path)!r}: line {line} has an empty prompt")
         elif continuation is not None and not is_text(continuation):
             on_skip(f"{str(path)!r}: line {line} has a 'continuation' that is not text")
-        else:
-            given.setdefault(row["prompt"], continuation)
+        elif row["prompt"] not in given:
+            try:
+                ids = list(encode_prompt(backend.tokenizer, row["prompt"], raw=amount.raw))
+                require_room(backend, len(ids))
+            except UserError as error:
+                on_skip(f"{str(path)!r}: line {line}: {error}")
+                continue
+            given[row["prompt"]] = _Prompt(row["prompt"], ids, continuation)
         if len(given) == wanted:
             break
-    prompts = list(given.items())
+    prompts = list(given.values())
     others = prompts[0::2][: max(amount.search, amount.descent)]
     learnt = _with_continuations(backend, others, amount, on_skip)
     report = _with_continuations(backend, prompts[1::2][: amount.report], amount, on_skip)
@@ -125,23 +146,34 @@ def _split_prompts(backend: Backend, path: str | Path, amount: Amount, on_skip: 
 
 def _with_continuations(
     backend: Backend,
-    prompts: Sequence[tuple[str, str | None]],
+    prompts: Sequence[_Prompt],
     amount: Amount,
     on_skip: OnSkip,
 ) -> list[Window]:
-    unanswered = [prompt for prompt, continuation in prompts if continuation is None]
+    unanswered = [prompt.text for prompt in prompts if prompt.continuation is None]
     answers = LLM(backend).generate(
         unanswered, Dense(), None, raw=amount.raw, max_new_tokens=amount.continuation_tokens
     )
     tokens = dict(zip(unanswered, (answer.token_ids for answer in answers), strict=True))
     made = []
-    for prompt, continuation in prompts:
-        if continuation is not None:
-            ids = backend.tokenizer(continuation, add_special_tokens=False, verbose=False).input_ids
-            tokens[prompt] = list(ids)[: amount.continuation_tokens]
-        if len(tokens[prompt]) < 2:
-            on_skip(f"the prompt {prompt[:40]!r} has an answer of fewer than 2 tokens")
+    for prompt in prompts:
+        if prompt.continuation is None:
+            continuation = tokens[prompt.text]
+        else:
+            ids = backend.tokenizer(prompt.continuation, add_special_tokens=False, verbose=False)
+            continuation = list(ids.input_ids)[: _room(backend, prompt, amount)]
+        if len(continuation) < LEAST_ANSWER:
+            on_skip(
+                f"the prompt {prompt.text[:40]!r} has an answer of fewer than {LEAST_ANSWER} tokens"
+            )
             continue
-        ids = list(encode_prompt(backend.tokenizer, prompt, raw=amount.raw))
-        made.append(Window(ids, tokens[prompt], prompt))
+        made.append(Window(prompt.ids, continuation, prompt.text))
     return made
+
+
+def _room(backend: Backend, prompt: _Prompt, amount: Amount) -> int:
+    """Tokens of a continuation that are wanted and that the model's context has room for."""
+    length = backend.context_length
+    if length is None:
+        return amount.continuation_tokens
+    return min(amount.continuation_tokens, length - len(prompt.ids))

@@ -15,6 +15,7 @@ from coreinfer.api import differentiable, load
 from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfBackend
 from coreinfer.backends.hf.worth import Worth, worth
+from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Quality, Window, measure
 from coreinfer.tuning.candidate import Candidate, Stores
 
@@ -88,7 +89,7 @@ class Worker:
         spec: what both come from.
     """
 
-    current: ClassVar[Worker]  # of a process of its own
+    current: ClassVar[Worker | UserError]  # of a process of its own; or why there is none
 
     def __init__(self, backend: Backend, stores: Stores, spec: WorkerSpec) -> None:
         self.backend = backend
@@ -116,10 +117,15 @@ class Worker:
         """In a new process: Ctrl-C is the first process's to deal with, and its end is ours."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=end_with_parent, daemon=True).start()
-        cls.current = cls.of(spec)
+        try:
+            cls.current = cls.of(spec)
+        except UserError as error:  # raised here, all that the first process hears is that we ended
+            cls.current = error
 
     @classmethod
     def run(cls, task: Task[Result]) -> Result:
+        if isinstance(cls.current, UserError):
+            raise cls.current
         return task.run(cls.current)
 
 

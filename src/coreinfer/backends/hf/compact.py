@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,10 @@ class SmallLinear:
         """x [..., in] -> [..., out]."""
         return F.linear(x, self.weight, self.bias)
 
+    def only(self, _groups: Sequence[int]) -> SmallLinear:
+        """Itself: its weights are read once, for however many rows."""
+        return self
+
     def weight_of(self, _group: int) -> Tensor:
         """[out, in]."""
         return self.weight
@@ -36,19 +40,31 @@ class SmallLinear:
 class GroupedLinear:
     """A linear with its own weights for each of G groups of rows.
 
-    weight: [G, out, in]; bias: [G, out] or None.
+    weight: [G, out, in]; bias: [G, out] or None; groups: those to compute, None for all.
     """
 
     weight: Tensor
     bias: Tensor | None
+    groups: tuple[int, ...] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., in], the G groups in equal consecutive shares of the rows -> [..., out]."""
+        """x [..., in], the G groups in equal consecutive shares of the rows -> [..., out], zero
+        for the groups that are not computed."""
         rows = x.reshape(self.weight.shape[0], -1, x.shape[-1])  # [G, rows, in]
-        y = rows @ self.weight.transpose(1, 2)
-        if self.bias is not None:
-            y = y + self.bias.unsqueeze(1)
+        if self.groups is None:
+            y = rows @ self.weight.transpose(1, 2)
+            if self.bias is not None:
+                y = y + self.bias.unsqueeze(1)
+        else:
+            y = rows.new_zeros(*rows.shape[:2], self.weight.shape[1])
+            for group in self.groups:
+                bias = None if self.bias is None else self.bias[group]
+                y[group] = F.linear(rows[group], self.weight[group], bias)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def only(self, groups: Sequence[int]) -> GroupedLinear:
+        """The same for some of the groups: the weights of the others are not read."""
+        return replace(self, groups=tuple(groups))
 
     def weight_of(self, group: int) -> Tensor:
         """[out, in]."""
@@ -93,6 +109,16 @@ class CompactMlp:
     def num_neurons(self) -> int:
         """K."""
         return self.output.weight.shape[-1]
+
+    def only(self, groups: Sequence[int]) -> CompactMlp:
+        """The same for some of the groups; what comes out for the others means nothing."""
+        return replace(
+            self,
+            inputs=tuple(linear.only(groups) for linear in self.inputs),
+            output=self.output.only(groups),
+            left=None if self.left is None else self.left.only(groups),
+            right=None if self.right is None else self.right.only(groups),
+        )
 
     def project(self, h: Tensor, x: Tensor, first: Tensor) -> Tensor:
         """h [..., K], the MLP's input x [..., d] and what the first of `inputs` made of it -> the

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from coreinfer.backends.base import Choice, Phase
+from coreinfer.backends.base import Choice, Phase, require_context
 from coreinfer.backends.hf.choose import Anatomy, choose
 from coreinfer.backends.hf.compact import CompactMlp
 from coreinfer.backends.hf.switch import Observer, SmallMlp, Switchboard
@@ -151,8 +151,12 @@ class HfSession:
 
     @torch.no_grad()
     def decode(self, token_ids: Sequence[Sequence[int]], phase: Phase = Phase.DECODE) -> Tensor:
-        logits = self.decode_with(self._compact, token_ids)
         lengths = [len(row) for row in token_ids]
+        fed = [row for row, length in enumerate(lengths) if length]
+        small = self._compact
+        if len(fed) < len(lengths):
+            small = {layer: compact.only(fed) for layer, compact in small.items()}
+        logits = self.decode_with(small, token_ids)
         self._spared = self._spared.plus(self._just_spared(lengths), lengths)
         return logits
 
@@ -257,6 +261,8 @@ class HfSession:
     ) -> Tensor:
         """A pass: dense and observed, or through the MLPs in `small`; logits [B, T kept, V]."""
         before = self._mask.sum(dim=1, keepdim=True)
+        after = before + mask.sum(dim=1, keepdim=True)
+        require_context(self._backend.context_length, int(after.max()))
         self._mask = torch.cat([self._mask, mask], dim=1)
         device = self._backend.model.device
         positions = (before + mask.cumsum(dim=1) - 1).clamp(min=0)

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
+from coreinfer.backends.base import require_context
 from coreinfer.backends.native.architecture import DecoderConfig
-from coreinfer.errors import UserError
 
 _STEP = 64  # capacities are multiples of it
 
@@ -49,9 +49,10 @@ class KvCache:
         Raises:
             UserError: if the sequence would be longer than the model reads.
         """
+        if tokens == 0:  # a fork may have gone on meanwhile: that is no reason to copy anything
+            return
         needed = self.length + tokens
-        if needed > self._limit:
-            raise UserError(f"the model reads {self._limit} tokens at most, this would be {needed}")
+        require_context(self._limit, needed)
         if needed > self.capacity or self._buffer.used > self.length:
             roomy = max(needed, min(self._limit, needed + needed // 2))
             capacity = -(-roomy // _STEP) * _STEP

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 
 from coreinfer.backends.native.backend import NativeBackend
 from coreinfer.backends.native.container import is_converted, open_container
@@ -12,6 +14,7 @@ from coreinfer.backends.native.products import compute_dtype
 from coreinfer.backends.native.weights import NativeWeights
 from coreinfer.errors import UserError
 from coreinfer.kernels.formats import DTYPES, WeightFormat
+from coreinfer.kernels.library import missing
 from coreinfer.models.checkpoint import read_companions
 from coreinfer.models.loading import find
 
@@ -41,6 +44,7 @@ def open_native(
         raise UserError(
             f"the native backend stores {', '.join(DTYPES)}, not {dtype}; use --backend hf for it"
         )
+    _tell_of_missing_kernels()
     path, _ = find(model, on_progress)
     if path.is_dir() and is_converted(path):
         folder = path
@@ -66,3 +70,13 @@ def open_native(
         compute=compute_dtype(),
         skip_zeros=skip_zeros,
     )
+
+
+@cache
+def _tell_of_missing_kernels() -> None:
+    """Once a process, on stderr unless the program logs elsewhere: nothing else shows why."""
+    problem = missing()
+    if problem is not None:
+        logging.getLogger(__name__).warning(
+            "the native backend computes with plain torch, far slower: %s", problem
+        )
