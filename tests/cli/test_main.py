@@ -144,7 +144,7 @@ def test_a_list_of_stop_texts_is_several_stop_texts(tmp_path: Path) -> None:
         ('stop = ["a", "c"]', ["generate", "--prompt=x"], {"stop": ["a", "c"]}),
         ('model = ["a", "b"]', ["analyze", "--out=o", "--model", "c"], {"model": ["c"]}),
         ('core-set = "s"', ["generate", "--prompt=x", "--selector=impact"], {"core_set": None}),
-        ('core-set = "s"', ["generate", "--prompt=x"], {"core_set": "s"}),
+        ('core-set = "/s"', ["generate", "--prompt=x"], {"core_set": "/s"}),
     ],
 )
 def test_what_is_typed_wins_over_what_it_takes_the_place_of(
@@ -157,6 +157,21 @@ def test_what_is_typed_wins_over_what_it_takes_the_place_of(
         argv = [*argv, "--prompts", "p", "--out", "o"]
     args = vars(parser.parse_args(expand_config(parser, [*argv, "--config", str(path)])))
     assert {name: args[name] for name in expected} == expected
+
+
+def test_stores_are_found_from_the_folder_of_the_settings_file(tmp_path: Path) -> None:
+    config = tmp_path / "far" / "tuned.toml"
+    config.parent.mkdir()
+    config.write_text('calibration = "store"\nclusters = "/abs"\ncore-set = "../set"\n')
+    found = expand_config(build_parser(), ["generate", "--config", str(config)])
+    assert f"--calibration={tmp_path / 'far' / 'store'}" in found
+    assert "--clusters=/abs" in found
+    assert f"--core-set={tmp_path / 'far' / '..' / 'set'}" in found
+    config.write_text('calibration = ["a", "b"]\n')
+    found = expand_config(build_parser(), ["analyze", "--config", str(config)])
+    assert [one for one in found if one.startswith("--calibration")] == [
+        f"--calibration={tmp_path / 'far' / name}" for name in "ab"
+    ]
 
 
 def test_options_are_typed_in_full(cli: Cli) -> None:

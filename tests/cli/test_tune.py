@@ -13,6 +13,7 @@ import pytest
 
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.config import tomllib
+from coreinfer.cli.tune import found_from
 from coreinfer.tuning.work import Measure, Weigh
 from tests.calibration.stores import build
 from tests.cli.conftest import Cli, refusal
@@ -170,6 +171,16 @@ def test_an_interrupted_search_goes_on(
     assert "known from an earlier run" in rest.err
     assert found(rest.out) == found(whole.out)
     assert (tmp_path / "cut.html").exists() == (find_spec("matplotlib") is not None)
+
+
+def test_stores_are_named_from_the_folder_of_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"calibration": "stores/c", "clusters": "/abs", "rank": 8}
+    found = found_from(Path("out/tuned"), settings)
+    assert found == {"calibration": "../../stores/c", "clusters": "/abs", "rank": 8}
+    assert found_from(Path("t.toml").parent, settings) == settings
 
 
 def test_prompts_of_a_jsonl_file(cli: Cli, model_dir: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,7 @@ YIELDS_TO = MappingProxyType(
         "--core-set": ("--selector",),
     }
 )
+BESIDE = frozenset({"--calibration", "--clusters", "--core-set"})  # found from where the file lies
 
 
 def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
@@ -34,7 +36,8 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
     comes later and so wins; an option for all layers wins over the file's budgets of single ones, a
     rule over its core set, one of several options of which one can be given over the others, and an
     option that can be given several times over the file's list. A setting of another verb is left
-    out, so that one file can serve them all.
+    out, so that one file can serve them all. Stores and core sets are looked for from the folder of
+    the file, so that it serves wherever a command is started.
 
     Raises:
         UserError: if the file is missing or no TOML, or a key is no option of any verb.
@@ -54,6 +57,8 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
             hint = meant(key, sorted(one.removeprefix("--") for one in known))
             raise UserError(f"{path!r}: {key!r} is no setting; {hint}".rstrip("; "))
         if option in mine and not _is_typed(_stronger(verb, option), argv):
+            if option in BESIDE:
+                value = _from_folder(Path(path).parent, value)
             settings += _as_arguments(mine[option], option, value)
     return [argv[0], *settings, *argv[1:]]
 
@@ -100,6 +105,12 @@ def _read(path: str) -> dict[str, Any]:
         raise UserError(f"cannot read {path!r}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path!r} is not TOML: {error}") from None
+
+
+def _from_folder(folder: Path, value: object) -> object:
+    if isinstance(value, list):
+        return [_from_folder(folder, item) for item in value]
+    return str(folder / str(value))  # an absolute path stays as it is
 
 
 def _as_arguments(action: argparse.Action, option: str, value: object) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,11 +276,21 @@ def _write(args: argparse.Namespace, outcome: Outcome) -> None:
     ]
     given = {name: getattr(args, name) for name in ("model", "backend", "dtype")}
     model = {name: value for name, value in given.items() if value is not None}
-    write_settings(args.out, {**model, **outcome.settings}, comments)
+    settings = found_from(Path(args.out).parent, outcome.settings)
+    write_settings(args.out, {**model, **settings}, comments)
     if args.page is not None:
         from coreinfer.analysis.tuned import write_page
 
         write_page(args.page, outcome, str(given["model"]), {"command": _command()})
+
+
+def found_from(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With the paths of stores as a settings file in that folder has them."""
+    made = dict(settings)
+    for name in ("calibration", "clusters"):
+        if name in made and not Path(made[name]).is_absolute():
+            made[name] = os.path.relpath(made[name], folder)
+    return made
 
 
 def _readable(args: argparse.Namespace, outcome: Outcome) -> str:
