@@ -48,5 +48,5 @@ def require_whole(name: str, value: object, low: int, high: int | None = None) -
 
 def meant(name: str, known: Iterable[str]) -> str:
     """For a message on an unknown name: "did you mean 'a' or 'b'? ", or "" if none is near."""
-    close = difflib.get_close_matches(name.lower(), list(known), n=3)
+    close = difflib.get_close_matches(name.lower(), list(dict.fromkeys(known)), n=3)
     return f"did you mean {' or '.join(map(repr, close))}? " if close else ""

@@ -143,7 +143,7 @@ def test_contexts_that_are_cut_are_pointed_out(cli: Cli, usual: list[Any]) -> No
         (["--tasks", "piqa", "--dense-layers", "7"], "dense layer 7 is outside the model"),
         (["--tasks", "piqa", "--calibration", "none"], "no file at 'none'"),
         (["--tasks", "piqa", "--out", "none/x.json"], "there is no such folder"),
-        (["--tasks", "piqa", "--data-dir", "none"], "no file 'piqa_valid.jsonl' in 'none'"),
+        (["--tasks", "piqa", "--data-dir", "none"], "no folder 'none', in which piqa needs a file"),
         (["--tasks", "kl", "--text", "none.txt"], "no file at 'none.txt'"),
         ([], "the following arguments are required: --tasks"),
     ],

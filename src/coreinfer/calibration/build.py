@@ -45,6 +45,7 @@ from coreinfer.semantics.reading import Skips, TokenCorpus, TokenDocument
 from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
 
 CHECKPOINT_SECONDS = 60.0
+TOKENS_A_RANK = 32  # of the corpus, below which predictions learn its accidents
 STAGES = ("basis", "sums", "training")
 KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -203,6 +204,13 @@ class _Build:
         """First stage: (x_mean, basis) of each layer, from tokens of all over the corpus."""
         sizes, norms = self._anatomy
         rank = min(self._settings.rank, *(hidden for _, hidden in sizes))
+        if rank < self._settings.rank:
+            self._on_note(f"rank {rank}, the model's hidden size, not {self._settings.rank}")
+        if self._corpus.tokens < TOKENS_A_RANK * rank:
+            self._on_note(
+                f"note: {self._corpus.tokens:,} tokens are few to learn predictions of rank {rank} "
+                f"from; {TOKENS_A_RANK * rank:,} or more would do"
+            )
         needed = memory_needed(sizes, rank)
         self._on_note(f"calibration takes up to {needed / 1e9:.1f} GB beside the model")
         generator = torch.Generator().manual_seed(self._settings.seed)

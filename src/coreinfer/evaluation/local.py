@@ -29,9 +29,9 @@ def _texts(value: object) -> bool:
 TEXT = Kind("text", is_text)
 WHOLE = Kind("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool))
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
-TEXTS = Kind("a list of texts", lambda v: _texts(v) and v != [])
+TEXTS = Kind("a list of texts, at least one", lambda v: _texts(v) and v != [])
 TEXT_LISTS = Kind(
-    "a list of lists of texts",
+    "a list of lists of texts, none of them empty",
     lambda v: isinstance(v, list) and all(_texts(one) and one for one in v) and v != [],
 )
 
@@ -221,6 +221,8 @@ def read_rows(task: str, folder: Path) -> list[Row]:
     local = LOCAL_TASKS[task]
     path = folder / local.file
     shape = ", ".join(f"{name!r} ({kind.name})" for name, kind in local.fields.items())
+    if not folder.is_dir():
+        raise UserError(f"no folder {str(folder)!r}, in which {task} needs a file {local.file!r}")
     if not path.is_file():
         raise UserError(
             f"no file {local.file!r} in {str(folder)!r}, which {task} needs: JSONL, {shape} a line"

@@ -75,8 +75,8 @@ class Goal:
         Raises:
             UserError: if it is not above 0 and below 1.
         """
-        if require_ratio("bytes", share) == 1:
-            raise UserError("bytes must be below 1, the dense MLPs' own, got 1.0")
+        if not 0 < share < 1:
+            raise UserError(f"bytes must be above 0 and below 1, all of the MLPs', got {share:g}")
         return cls(share=share)
 
     def loss(self, quality: Quality, dense: Quality) -> Measured:

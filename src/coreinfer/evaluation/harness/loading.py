@@ -27,7 +27,8 @@ _SQUAD_METRICS = "transformers.data.metrics.squad_metrics"
 
 def hub_task_names() -> list[str]:
     """All names lm-eval knows: tasks, groups and tags. Takes some seconds."""
-    names: list[str] = TaskManager(include_path=OURS).all_tasks
+    with quiet():  # our definitions take the place of some of its own
+        names: list[str] = TaskManager(include_path=OURS).all_tasks
     return names
 
 
@@ -74,7 +75,8 @@ def load_from_hub(names: Sequence[str]) -> dict[str, ConfigurableTask]:
     """
     known = all(name in LOCAL_TASKS for name in names)  # the index of all takes some seconds
     paths = sorted({definition_folder(name) for name in names}) if known else [OURS]
-    manager = TaskManager(include_path=paths, include_defaults=not known)
+    with quiet():
+        manager = TaskManager(include_path=paths, include_defaults=not known)
     loaded: dict[str, ConfigurableTask] = {}
     for name in names:
         try:

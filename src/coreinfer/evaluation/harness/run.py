@@ -36,9 +36,10 @@ def set_few_shot(task: ConfigurableTask, number: int | None) -> None:
     with quiet():  # they are read now
         rows = len(task.eval_docs)
     if task.get_config("custom_dataset") is not None and number >= rows:
+        fewer = "--few-shot 0" if rows == 1 else f"--few-shot {rows - 1} or less"
         raise UserError(
             f"{task.task_name} takes {number} examples from its own file, which has {rows} "
-            f"{'row' if rows == 1 else 'rows'}; give --few-shot {rows - 1} or less, or more rows"
+            f"{'row' if rows == 1 else 'rows'}; give {fewer}, or more rows"
         )
 
 
