@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coreinfer.backends.base import Backend
-from coreinfer.calibration.build import CalibrationSettings, calibrate
+from coreinfer.building.calibration import CalibrationSettings, calibrate
 from coreinfer.calibration.prediction import LayerPrediction
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.core.layer_errors import LayerErrors

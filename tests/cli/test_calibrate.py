@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from coreinfer.calibration.store import CalibrationStore
+from tests.building.corpora import documents, write_corpus
 from tests.cli.conftest import Cli
-from tests.semantics.corpora import documents, write_corpus
 from tests.semantics.stores import random_store as random_clusters
 
 

@@ -15,10 +15,10 @@ from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.config import tomllib
 from coreinfer.cli.tune import found_from
 from coreinfer.tuning.work import Measure, Weigh
+from tests.building.corpora import documents, write_corpus
 from tests.calibration.stores import build
 from tests.cli.conftest import Cli, refusal
 from tests.interrupting import interrupt
-from tests.semantics.corpora import documents, write_corpus
 from tests.tiny import tiny_backend
 
 TEXT = "".join(

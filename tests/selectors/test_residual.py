@@ -16,9 +16,9 @@ from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors import Impact, Residual, Static
 from coreinfer.standins import Calibrated
+from tests.building.corpora import documents, write_corpus
 from tests.calibration.stores import build, random_store
 from tests.native.pairs import tiny_pair
-from tests.semantics.corpora import documents, write_corpus
 from tests.tiny import BOS, tiny_backend
 
 A = [5, 77, 200, 13, 13, 8, 250, 99, 41, 5, 77]

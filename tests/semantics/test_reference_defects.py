@@ -15,9 +15,9 @@ from coreinfer.selectors import Auto, Evidence, Similarity
 from coreinfer.semantics.clustering import cluster_vectors
 from coreinfer.semantics.encoders import CoreEncoder, Encoder, HiddenEncoder
 from coreinfer.semantics.store import ClusterStore
+from tests.building.corpora import SUBJECTS, build, documents, write_corpus
 from tests.hf.reference import activations
 from tests.selectors.evidence import prompt
-from tests.semantics.corpora import SUBJECTS, build, documents, write_corpus
 from tests.semantics.stores import random_store
 from tests.tiny import tiny_backend
 

@@ -15,12 +15,12 @@ from coreinfer.analysis.sections import Cell
 from coreinfer.analysis.settings import Settings
 from coreinfer.analysis.texts import Source
 from coreinfer.backends.base import Backend
+from coreinfer.building.clusters import build_clusters
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Quality, Setting, Window, measure
 from coreinfer.files import replace_when_done
 from coreinfer.selectors import SELECTORS
-from coreinfer.semantics.build import build_clusters
 from coreinfer.semantics.encoders import default_encoder, encoder_named
 from coreinfer.semantics.store import ClusterStore
 from coreinfer.standins import STAND_INS

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer.backends.base import Backend
+from coreinfer.building.corpus import corpus_identity, read_corpus
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Window, encoded_prefix, windows
 from coreinfer.jsonl import read_jsonl, read_text, refuse
-from coreinfer.semantics.corpus import corpus_identity, read_corpus
 
 SHORTEST_PARAGRAPH = 200  # characters; what is shorter is mostly headings
 

@@ -96,7 +96,7 @@ def _on_hf(args: argparse.Namespace, llm: LLM) -> HfBackend:
 
 
 def run(args: argparse.Namespace) -> int:
-    from coreinfer.calibration.build import CalibrationSettings, calibrate
+    from coreinfer.building.calibration import CalibrationSettings, calibrate
 
     settings = CalibrationSettings(
         rank=args.rank,

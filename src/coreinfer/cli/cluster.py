@@ -66,7 +66,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from coreinfer.semantics.build import build_clusters
+    from coreinfer.building.clusters import build_clusters
     from coreinfer.semantics.encoders import default_encoder, encoder_named
 
     llm = options.load_model(args)

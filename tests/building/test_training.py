@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from coreinfer.backends.hf.session import HfBackend
+from coreinfer.building.training import gradients, train
 from coreinfer.calibration.store import CalibrationStore
-from coreinfer.calibration.training import gradients, train
 from coreinfer.errors import UserError
 from coreinfer.selectors import Residual
 from coreinfer.standins import Calibrated
+from tests.building.corpora import documents, write_corpus
 from tests.calibration.stores import build
-from tests.semantics.corpora import documents, write_corpus
 from tests.tiny import tiny_backend
 
 TEXTS = documents(8)
@@ -119,7 +119,7 @@ def test_training_that_runs_away_ends_at_once(
             return float("nan"), found
         return loss, [one * float("inf") for one in found]
 
-    monkeypatch.setattr("coreinfer.calibration.training.gradients", third_is_broken)
+    monkeypatch.setattr("coreinfer.building.training.gradients", third_is_broken)
     with pytest.raises(UserError, match=r"training ran away: KL .* at step 3 of 40"):
         train(backend, store, lambda: iter(ids_of(backend)), 40, 0, keep=keep, progress=False)
     assert kept == [1, 2]

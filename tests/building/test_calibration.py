@@ -14,21 +14,21 @@ from torch import Tensor
 
 from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfSession
-from coreinfer.calibration import written
-from coreinfer.calibration.build import CalibrationSettings, memory_needed
+from coreinfer.building import written
+from coreinfer.building.calibration import CalibrationSettings, memory_needed
+from coreinfer.building.training import Trainer
+from coreinfer.building.work import WorkFolder
+from coreinfer.building.written import write_corpus as write_own
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.calibration.sums import BasisSums
-from coreinfer.calibration.training import Trainer
-from coreinfer.calibration.written import write_corpus as write_own
 from coreinfer.errors import UserError
 from coreinfer.jsonl import read_json_lines
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.generation import prefill
-from coreinfer.semantics.work import WorkFolder
+from tests.building.corpora import build as build_clusters
+from tests.building.corpora import documents, write_corpus
 from tests.calibration.stores import build
 from tests.interrupting import files, interrupt
-from tests.semantics.corpora import build as build_clusters
-from tests.semantics.corpora import documents, write_corpus
 from tests.tiny import BOS, tiny_backend
 
 BATCH, DOCUMENTS = 4, 22

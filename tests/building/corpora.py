@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer.backends.base import Backend
+from coreinfer.building.clusters import build_clusters
 from coreinfer.jsonl import refuse
-from coreinfer.semantics.build import build_clusters
 from coreinfer.semantics.encoders import HiddenEncoder
 from coreinfer.semantics.store import ClusterStore
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from coreinfer.building import clusters as build_module
+from coreinfer.building import reading as reading_module
+from coreinfer.building import work as work_module
 from coreinfer.errors import UserError
 from coreinfer.selectors import Evidence
-from coreinfer.semantics import build as build_module
-from coreinfer.semantics import reading as reading_module
-from coreinfer.semantics import work as work_module
 from coreinfer.semantics.clustering import cosines
 from coreinfer.semantics.encoders import CoreEncoder, Encoder, HiddenEncoder
 from coreinfer.semantics.store import ClusterStore
+from tests.building.corpora import build, documents, write_corpus
 from tests.hf.reference import activations
-from tests.semantics.corpora import build, documents, write_corpus
 from tests.tiny import BOS, tiny_backend
 
 ALPHA = 0.4

@@ -8,9 +8,9 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from coreinfer.calibration.errors import LEAST_TOKENS
+from coreinfer.building.layer_errors import LEAST_TOKENS
+from coreinfer.building.reading import TokenCorpus, TokenDocument, in_batches
 from coreinfer.errors import UserError
-from coreinfer.semantics.reading import TokenCorpus, TokenDocument, in_batches
 
 GOLDEN = (5**0.5 - 1) / 2
 

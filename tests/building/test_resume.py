@@ -18,13 +18,13 @@ import torch
 from filelock import FileLock
 
 from coreinfer.backends.hf.session import HfSession
+from coreinfer.building import work as work_module
+from coreinfer.building.work import WorkFolder, work_folder
 from coreinfer.errors import UserError
-from coreinfer.semantics import work as work_module
 from coreinfer.semantics.encoders import CoreEncoder
 from coreinfer.semantics.store import ClusterStore
-from coreinfer.semantics.work import WorkFolder, work_folder
+from tests.building.corpora import build, documents, write_corpus
 from tests.interrupting import files, interrupt
-from tests.semantics.corpora import build, documents, write_corpus
 from tests.tiny import tiny_backend
 
 BATCH = 4
@@ -109,8 +109,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from coreinfer.semantics import work
-from tests.semantics.corpora import build
+from coreinfer.building import work
+from tests.building.corpora import build
 from tests.tiny import tiny_backend
 
 torch.set_num_threads(1)

@@ -21,8 +21,13 @@ from tqdm import tqdm
 
 from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfBackend
-from coreinfer.calibration.corpus import CalibrationCorpus
-from coreinfer.calibration.errors import measure_errors
+from coreinfer.building.corpus import corpus_identity
+from coreinfer.building.layer_errors import measure_errors
+from coreinfer.building.reading import Skips, TokenCorpus, TokenDocument
+from coreinfer.building.sample import CalibrationCorpus
+from coreinfer.building.training import train
+from coreinfer.building.work import Checkpoint, WorkFolder, work_folder
+from coreinfer.building.written import WRITTEN, own_corpus
 from coreinfer.calibration.store import NAME, CalibrationStore
 from coreinfer.calibration.sums import (
     BasisSums,
@@ -32,17 +37,12 @@ from coreinfer.calibration.sums import (
     sketch_of,
     sketch_width,
 )
-from coreinfer.calibration.training import train
-from coreinfer.calibration.written import WRITTEN, own_corpus
 from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.core.stores import remove_store_leftovers, require_place
 from coreinfer.errors import UserError, require_ratio, require_whole
 from coreinfer.jsonl import OnSkip
 from coreinfer.recording import RecordingPlan
-from coreinfer.semantics.corpus import corpus_identity
-from coreinfer.semantics.reading import Skips, TokenCorpus, TokenDocument
-from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
 
 CHECKPOINT_SECONDS = 60.0
 TOKENS_A_RANK = 32  # of the corpus, below which predictions learn its accidents

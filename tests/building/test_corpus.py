@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coreinfer.building import corpus
+from coreinfer.building.corpus import Document, corpus_identity, read_corpus
 from coreinfer.errors import UserError
 from coreinfer.jsonl import refuse
-from coreinfer.semantics import corpus
-from coreinfer.semantics.corpus import Document, corpus_identity, read_corpus
 
 
 def ignore(_problem: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coreinfer.semantics import work
+from coreinfer.building import work
 
 
 @pytest.fixture(autouse=True)

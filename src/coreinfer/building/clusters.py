@@ -18,6 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coreinfer.backends.base import Backend
+from coreinfer.building.corpus import corpus_identity
+from coreinfer.building.reading import Skips, TokenCorpus, TokenDocument
+from coreinfer.building.work import Checkpoint, WorkFolder, work_folder
 from coreinfer.core.statistics import LayerStatistics
 from coreinfer.core.stores import remove_store_leftovers, require_place
 from coreinfer.errors import UserError, require_ratio, require_whole
@@ -25,11 +28,8 @@ from coreinfer.jsonl import OnSkip
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors.evidence import Evidence
 from coreinfer.semantics.clustering import Clustering, cluster_vectors
-from coreinfer.semantics.corpus import corpus_identity
 from coreinfer.semantics.encoders import Encoder
-from coreinfer.semantics.reading import Skips, TokenCorpus, TokenDocument
 from coreinfer.semantics.store import NAME, ClusterStore
-from coreinfer.semantics.work import Checkpoint, WorkFolder, work_folder
 
 CHECKPOINT_SECONDS = 60.0
 STAGES = ("vectors", "clusters", "counts")

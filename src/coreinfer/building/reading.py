@@ -10,8 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from coreinfer.building.corpus import read_corpus
 from coreinfer.jsonl import OnSkip
-from coreinfer.semantics.corpus import read_corpus
 
 WINDOW = 256  # documents held at a time, to be read in the order of their length
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from coreinfer.calibration.corpus import CalibrationCorpus, is_chosen
+from coreinfer.building.reading import Skips, TokenCorpus
+from coreinfer.building.sample import CalibrationCorpus, is_chosen
 from coreinfer.errors import UserError
 from coreinfer.jsonl import OnSkip, refuse
-from coreinfer.semantics.reading import Skips, TokenCorpus
-from tests.semantics.corpora import write_corpus
+from tests.building.corpora import write_corpus
 from tests.tiny import tiny_tokenizer
 
 
