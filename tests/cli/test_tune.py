@@ -225,7 +225,10 @@ def test_mistakes_are_a_line(
     assert "no cluster store" in refusal(cli(*seven, "--clusters", tmp_path / "x"))
     assert "no file at" in refusal(cli(*base[:-1], "none.txt", *out, "--bytes", 0.7))
     assert "the half to search with: the text has" in refusal(
-        cli(*seven, "--search-prompts", 99, "--prompt-tokens", 500)
+        cli(*seven, "--search-prompts", 99, "--prompt-tokens", 400)
+    )
+    assert "windows of 500 + 60 tokens are longer than the 512 that tiny reads" in refusal(
+        cli(*seven, "--prompt-tokens", 500)
     )
     assert "is no Ray address" in refusal(cli(*seven, *SMALL, "--ray", "here"))
     CalibrationStore.load(calibration)  # it is whole
