@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*
 	@touch $@
 
 $(DEV): $(READY)
-	$(PIP) --no-build-isolation --editable '.[semantic,plots,eval,tune]'
+	$(PIP) --no-build-isolation --editable '.[semantic,plots,eval,tune,ray]'
 	$(PIP) hypothesis mypy pre-commit pytest pytest-xdist ruff
 	@touch $@
 
