@@ -11,7 +11,7 @@ that is cut short leaves what it has. `--jobs N` measures N batches at a time, a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields
 from multiprocessing import get_context
@@ -97,6 +97,18 @@ def table(results: dict[str, Quality]) -> str:
     return markdown(rows)
 
 
+def opened(
+    args: argparse.Namespace, on_progress: Callable[[str], None] = lambda _line: None
+) -> Backend:
+    return load(
+        args.model,
+        backend=args.backend,
+        dtype=args.dtype,
+        threads=args.threads,
+        on_progress=on_progress,
+    ).backend
+
+
 class Worker:
     """The model and the settings of one process, loaded when its first batch comes."""
 
@@ -108,7 +120,7 @@ class Worker:
             stores["clusters"] = ClusterStore.load(args.clusters)
         if args.calibration is not None:
             stores["calibration"] = CalibrationStore.load(args.calibration)
-        self.backend = load(args.model, backend="hf", threads=args.threads).backend
+        self.backend = opened(args)
         self.settings = settings(args.rules, args.stand_ins, args.keeps, args.dense_layers, stores)
 
     @classmethod
@@ -156,6 +168,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
+    parser.add_argument("--backend", choices=("hf", "native"), default="hf")
+    parser.add_argument("--dtype")
     parser.add_argument(
         "--clusters", help="cluster store; rules that need one are left out without"
     )
@@ -171,13 +185,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
 
-    backend = load(args.model, backend="hf", threads=args.threads, on_progress=print).backend
+    backend = opened(args, print)
     texts = read_windows(backend, args)
     about = provenance("benchmarks.quality")
     title = (
         f"# {backend.model_name} on {args.text.name}\n\n"
         f"{args.windows} windows of {args.prompt_tokens} + {args.continuation_tokens} tokens, "
-        f"dense layers {list(args.dense_layers)}, {backend.dtype}. The first token of a "
+        f"dense layers {list(args.dense_layers)}, {backend.name}, {backend.dtype}. The first token of a "
         "continuation comes from the dense prefill and is not measured. ± is the standard error "
         "over the windows; bytes count the stand-in.\n\n"
         f"`{about['command']}`\n\n"
