@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.report import markdown, provenance, write_json, write_text
 from benchmarks.texts import add_window_options, read_windows
 from coreinfer.api import in_batches, load
+from coreinfer.backends.base import Backend
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.values import fractions, layer_list
 from coreinfer.evaluation.continuations import Quality, Setting, Window, measure
@@ -191,8 +192,8 @@ def main() -> None:
     title = (
         f"# {backend.model_name} on {args.text.name}\n\n"
         f"{args.windows} windows of {args.prompt_tokens} + {args.continuation_tokens} tokens, "
-        f"dense layers {list(args.dense_layers)}, {backend.name}, {backend.dtype}. The first token of a "
-        "continuation comes from the dense prefill and is not measured. ± is the standard error "
+        f"dense layers {list(args.dense_layers)}, {backend.name}, {backend.dtype}. The first "
+        "token of a continuation comes from the dense prefill and is not measured. ± is the standard error "
         "over the windows; bytes count the stand-in.\n\n"
         f"`{about['command']}`\n\n"
     )
