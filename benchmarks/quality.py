@@ -193,8 +193,8 @@ def main() -> None:
         f"# {backend.model_name} on {args.text.name}\n\n"
         f"{args.windows} windows of {args.prompt_tokens} + {args.continuation_tokens} tokens, "
         f"dense layers {list(args.dense_layers)}, {backend.name}, {backend.dtype}. The first "
-        "token of a continuation comes from the dense prefill and is not measured. ± is the standard error "
-        "over the windows; bytes count the stand-in.\n\n"
+        "token of a continuation comes from the dense prefill and is not measured. ± is the "
+        "standard error over the windows; bytes count the stand-in.\n\n"
         f"`{about['command']}`\n\n"
     )
     for done, results in measured(args, texts):
