@@ -212,16 +212,20 @@ def descent_of(backend: Backend, store: str, args: argparse.Namespace) -> Iterat
 def table(found: dict[str, dict[str, Quality]]) -> str:
     """A row a setting; KL with the standard error over the windows."""
     rows = [
-        ["store", "rule, stand-in", "density", "bytes/dense", "perplexity", "KL to dense", "top-1"]
-    ]
-    dense = next(iter(found.values()))["dense"].summary()
-    rows.append(["", "dense", "1.000", "1.000", f"{dense['perplexity']:.1f}", "0", "1"])
+        ["store", "rule, stand-in", "density", "bytes/dense", "perplexity", "of dense",
+         "KL to dense", "top-1"]
+    ]  # fmt: skip
+    reference = next(iter(found.values()))["dense"]
+    dense = reference.summary()
+    rows.append(["", "dense", "1.000", "1.000", f"{dense['perplexity']:.1f}", "1", "0", "1"])
+    by_perplexity = Goal("ppl")
     for store, results in found.items():
         for name, quality in results.items():
             if name == "dense":
                 continue
             s = quality.summary()
             share = s["bytes_per_token"] / dense["bytes_per_token"]
+            rise = by_perplexity.loss(quality, reference)
             rows.append(
                 [
                     store,
@@ -229,6 +233,7 @@ def table(found: dict[str, dict[str, Quality]]) -> str:
                     f"{s['density']:.3f}",
                     f"{share:.3f}",
                     f"{s['perplexity']:.1f}",
+                    f"{1 + rise.mean:.3f} ± {rise.error:.3f}",
                     f"{s['kl']:.3f} ± {s['kl_se']:.3f}",
                     f"{s['agreement']:.3f}",
                 ]
@@ -288,7 +293,11 @@ def main() -> None:
         found[store] = results
         print(f"{store or 'other rules'}: done", flush=True)
         rows = {
-            f"{store}: {name}" if store else name: {**q.summary(), "kl_per_window": q.kl}
+            f"{store}: {name}" if store else name: {
+                **q.summary(),
+                "kl_per_window": q.kl,
+                "nll_per_window": q.nll,
+            }
             for store, each in found.items()
             for name, q in each.items()
         }
