@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from coreinfer.analysis.charts import HATCHES, LINES, MARKERS, draw, inline, svg
+from coreinfer.analysis.charts import COLOURS, HATCHES, LINES, MARKERS, draw, inline, svg
 from coreinfer.analysis.page import file_stem, page
 from coreinfer.analysis.sections import Cell, Chart, Figure, Section, Table
 from coreinfer.errors import UserError
@@ -170,6 +170,9 @@ def test_a_drawing_is_xml_with_text_and_the_same_every_time(kind: str) -> None:
 def test_series_differ_without_colour_and_look_alike_in_every_panel() -> None:
     for looks in (LINES, MARKERS, HATCHES):
         assert len(set(looks)) == len(looks)
+    for one, other in ((LINES, MARKERS), (COLOURS, HATCHES)):
+        pairs = {(one[i % len(one)], other[i % len(other)]) for i in range(24)}
+        assert len(pairs) == 24
     only_second = [row for row in ROWS if row["part"] == "left" or row["rule"] != "one"]
     canvas = draw(Figure(Table.of("t", "", only_second), KINDS["lines"]))
     left, right = canvas.axes

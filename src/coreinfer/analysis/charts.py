@@ -12,9 +12,12 @@ from typing import Any
 from coreinfer.analysis.sections import Cell, Chart, Figure, Table
 from coreinfer.errors import UserError
 
-LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
-MARKERS = ("o", "s", "^", "D", "v", "x", "+")
-HATCHES = ("", "////", "\\\\\\\\", "xxx", "---", "|||", "+++")
+# Looks are repeated after different numbers of series, so that pairs of them are not.
+LINES = (
+    "-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1, 1, 1)),
+)  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "x", "+", "*", "P")
+HATCHES = ("", "////", "\\\\\\\\", "xxx", "---", "|||", "+++", "...", "ooo")
 # Okabe and Ito's colours: distinct for most eyes, and of differing lightness.
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 PANELS_A_ROW = 3
