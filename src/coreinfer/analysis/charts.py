@@ -17,7 +17,7 @@ LINES = (
     "-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1, 1, 1)),
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "x", "+", "*", "P")
-HATCHES = ("", "////", "\\\\\\\\", "xxx", "---", "|||", "+++", "...", "ooo")
+HATCHES = ("", "////", "\\\\\\\\", "xxx", "---", "|||", "+++", "//--", "\\\\||")
 # Okabe and Ito's colours: distinct for most eyes, and of differing lightness.
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 PANELS_A_ROW = 3
