@@ -1,8 +1,7 @@
-"""Sessions: one account however the tokens come in, forks that do not touch, turns that add up."""
+"""Sessions of hf beside what hooks on the model see; what any backend owes: tests/backends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ from coreinfer.backends.base import Phase
 from coreinfer.backends.hf.session import HfBackend, HfSession
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
-from coreinfer.selectors import Griffin, Impact, Oracle, Selector, Stability
-from coreinfer.selectors.evidence import Evidence
-from coreinfer.standins import Linear, Mean, StandIn
+from coreinfer.selectors import Impact, Oracle
+from coreinfer.standins import Linear, StandIn
+from tests.backends.sessions import RULE, A, B, begun, close, same_evidence, sets
 from tests.hf.reference import (
     activations,
     cache_of,
@@ -24,102 +23,16 @@ from tests.hf.reference import (
     masked,
     sparse_greedy,
 )
-from tests.tiny import BOS, CONFIGS, tiny_backend, tiny_model, tiny_tokenizer
-
-A = [5, 77, 200, 13, 13, 8, 250, 99, 41, 5, 77]
-B = [90, 91, 200]
-RULE = Stability(alpha=0.3, beta=0.4)
-close = torch.testing.assert_close
+from tests.tiny import BOS, tiny_backend, tiny_model, tiny_tokenizer
 
 
 def start(
     family: str = "llama",
-    rule: Selector = RULE,
     stand_in: StandIn | None = None,
-    halves: bool = False,
     **options: Any,
 ) -> HfSession:
-    plan = RecordingPlan.of(rule, stand_in)
-    if halves:
-        plan = RecordingPlan(alpha=plan.alpha, halves=True, sample_tokens=plan.sample_tokens)
-    return tiny_backend(family, **options).start(plan)
-
-
-def sets(choices: Sequence[Any]) -> list[dict[int, list[int]]]:
-    return [{i: t.tolist() for i, t in choice.core_set.layers.items()} for choice in choices]
-
-
-def same_evidence(one: Evidence, two: Evidence, atol: float = 1e-4) -> None:
-    groups = [(one.layers, two.layers)]
-    if one.halves is not None and two.halves is not None:
-        groups += list(zip(one.halves, two.halves, strict=True))
-    for first, second in groups:
-        for a, b in zip(first, second, strict=True):
-            assert a.tokens == b.tokens
-            assert a.counts.tolist() == b.counts.tolist()
-            for name in ("positive_sum", "square_sum", "unit_square_sum", "input_sum"):
-                close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=atol)
-
-
-@pytest.mark.parametrize(
-    ("family", "chunk"),
-    [*((family, 3) for family in CONFIGS), *((f, c) for f in ("llama", "opt") for c in (1, 7))],
-)
-def test_a_chunked_prefill_equals_a_whole_one(family: str, chunk: int) -> None:
-    whole, parts = start(family, halves=True), start(family, halves=True, prefill_chunk=chunk)
-    prompts = [[BOS, *A], B, A[::-1]]
-    close(parts.prefill(prompts), whole.prefill(prompts), rtol=1e-4, atol=1e-4)
-    for one, two in zip(parts.evidence(), whole.evidence(), strict=True):
-        same_evidence(one, two)
-    assert sets(parts.select(RULE)) == sets(whole.select(RULE))
-    close(parts.decode([[1]] * 3), whole.decode([[1]] * 3), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_prefill_in_several_calls_equals_one(family: str) -> None:
-    whole, calls = start(family), start(family)
-    calls.prefill([A[:4], B[:1]])
-    calls.prefill([A[4:5], B[1:2]])
-    logits = calls.prefill([A[5:], B[2:]])
-    close(logits, whole.prefill([A, B]), rtol=1e-4, atol=1e-4)
-    for one, two in zip(calls.evidence(), whole.evidence(), strict=True):
-        same_evidence(one, two)
-    assert sets(calls.select(RULE)) == sets(whole.select(RULE))
-    for ids in ([[1], [2]], [[3], [4]]):
-        close(calls.decode(ids), whole.decode(ids), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("family", "stand_in"),
-    [
-        *((family, None) for family in CONFIGS),
-        *((family, other) for family in ("phi3", "opt") for other in (Mean(), Linear(rank=4))),
-    ],
-)
-def test_a_batch_equals_each_alone(family: str, stand_in: StandIn | None) -> None:
-    prompts = [A, B, [BOS, 9], [7]]
-    batch = start(family, stand_in=stand_in)
-    logits = batch.prefill(prompts)
-    chosen = batch.select(RULE, stand_in)
-    steps = [batch.decode([[t + i] for i in range(4)]) for t in (20, 90)]
-    for row, prompt in enumerate(prompts):
-        alone = start(family, stand_in=stand_in)
-        close(alone.prefill([prompt])[0], logits[row], rtol=1e-4, atol=1e-4)
-        same_evidence(alone.evidence()[0], batch.evidence()[row])
-        assert sets(alone.select(RULE, stand_in)) == sets(chosen)[row : row + 1]
-        for token, step in zip((20, 90), steps, strict=True):
-            close(alone.decode([[token + row]])[0], step[row], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_several_tokens_at_once_equal_one_by_one(family: str) -> None:
-    session = start(family)
-    session.prefill([A, B])
-    session.select(RULE)
-    at_once = session.fork().decode([[4, 5, 6], [7, 8]], Phase.SCORE)
-    one_by_one = torch.cat([session.decode([[a], [b]]) for a, b in ((4, 7), (5, 8), (6, 9))], 1)
-    close(at_once[0], one_by_one[0], rtol=1e-4, atol=1e-4)
-    close(at_once[1, :2], one_by_one[1, :2], rtol=1e-4, atol=1e-4)
+    session: HfSession = begun(tiny_backend(family, **options), stand_in=stand_in)
+    return session
 
 
 def test_alibi_in_a_padded_batch() -> None:
@@ -157,19 +70,6 @@ def test_sliding_windows(family: str) -> None:
     session.prefill([[1, 2], [3, 4]])
 
 
-def test_forks_do_not_touch_each_other() -> None:
-    for family in CONFIGS:
-        session = start(family)
-        session.prefill([A])
-        session.select(RULE)
-        want = [session.fork().decode([[t]]) for t in (1, 2)]
-        one, two = session.fork(), session.fork()
-        one.decode([[3, 4, 5]], Phase.SCORE)
-        assert torch.equal(two.decode([[2]]), want[1])
-        assert torch.equal(session.decode([[1]]), want[0])
-        assert (session.length, one.length, two.length) == (len(A) + 1, len(A) + 3, len(A) + 1)
-
-
 def test_a_fork_costs_no_copy_of_the_cache() -> None:
     session = start()
     session.prefill([A])
@@ -177,42 +77,6 @@ def test_a_fork_costs_no_copy_of_the_cache() -> None:
     for own, other in zip(session._cache.layers, fork._cache.layers, strict=True):
         assert own.keys.data_ptr() == other.keys.data_ptr()
         assert own is not other
-
-
-def test_one_prefill_serves_different_selectors() -> None:
-    session = start()
-    session.prefill([A])
-    rules: list[Selector] = [RULE, Impact(beta=0.4), Griffin(beta=0.2), Stability(alpha=0.3)]
-    forks = [session.fork() for _ in rules]
-    chosen = [fork.select(rule) for fork, rule in zip(forks, rules, strict=True)]
-    steps = [fork.decode([[1]]) for fork in forks]
-    for rule, choice, step in zip(rules, chosen, steps, strict=True):
-        alone = start()
-        alone.prefill([A])
-        assert sets(alone.select(rule)) == sets(choice)
-        close(alone.decode([[1]]), step)
-    assert len({str(sets(choice)) for choice in chosen[:3]}) == 3
-    # The one they came from has chosen nothing, and is dense.
-    model = session._backend.model
-    want = model(torch.tensor([[*A, 1]])).logits[0, -1]
-    close(session.decode([[1]])[0, -1], want, rtol=1e-4, atol=1e-4)
-
-
-def test_select_again_replaces_the_choice() -> None:
-    session = start()
-    session.prefill([A])
-    first = session.fork()
-    first.select(RULE)
-    session.select(Impact(beta=0.2))
-    session.select(RULE)
-    assert torch.equal(session.decode([[1]]), first.decode([[1]]))
-
-
-def test_a_plan_that_recorded_too_little_is_refused() -> None:
-    session = start(rule=Impact())
-    session.prefill([A])
-    with pytest.raises(ValueError, match="the prefill recorded"):
-        session.select(RULE)
 
 
 @torch.no_grad()
@@ -255,18 +119,6 @@ def test_turns_add_up(family: str, forking: bool) -> None:
     close(torch.stack(got), torch.stack(want), rtol=1e-4, atol=1e-4)
     assert sets([choice]) == [kept]
     assert session.evidence()[0].tokens == sum(map(len, turns))
-
-
-def test_a_fork_that_reads_on_leaves_the_statistics_of_the_other_alone() -> None:
-    session = start(stand_in=Linear(rank=2), halves=True)
-    session.prefill([A])
-    before = session.evidence()[0]
-    fork = session.fork()
-    fork.prefill([B])
-    assert fork.evidence()[0].tokens == len(A) + len(B)
-    same_evidence(session.evidence()[0], before, atol=0)
-    session.prefill([B])
-    same_evidence(session.evidence()[0], fork.evidence()[0], atol=0)
 
 
 def test_look_ahead_moves_nothing() -> None:
@@ -315,20 +167,6 @@ def test_the_last_prompt_token_is_fed_once() -> None:
     assert session._cache.get_seq_length() == len(A) + 1
     want = model(torch.tensor([[*A, first]])).logits[0, -1]
     close(step[0, -1], want, rtol=1e-4, atol=1e-4)
-
-
-def test_empty_prompts_are_refused_and_empty_steps_are_nothing() -> None:
-    session = start()
-    with pytest.raises(UserError, match="the prompt is empty"):
-        session.prefill([A, []])
-    with pytest.raises(UserError, match="the prompt is empty"):
-        start().prefill([[]])
-    session.prefill([A, B])
-    session.select(RULE)
-    assert session.decode([[], []]).shape == (2, 0, 260)
-    assert session.length == len(A)
-    with pytest.raises(UserError, match="prompt is empty"):
-        session.prefill([[1], []])
 
 
 def test_the_lone_beginning_of_sequence_token_counts() -> None:
