@@ -280,6 +280,20 @@ def test_tokens_that_the_model_has_not_begin_no_document(tmp_path: Path) -> None
     assert sum(1 for _ in read_json_lines(tmp_path / "a")) == 2
 
 
+def test_a_basis_may_be_that_of_the_inputs_alone(tmp_path: Path) -> None:
+    backend, corpus = tiny_backend(), write_corpus(tmp_path / "c.jsonl", documents(8))
+    usual, other = (
+        build(backend, corpus, tmp_path / kind, basis=kind) for kind in ("regression", "inputs")
+    )
+    for one, two in zip(usual.predictions, other.predictions, strict=True):
+        assert one.basis.shape == two.basis.shape
+        assert not torch.allclose(one.basis, two.basis)
+    # It says less of the neurons, weighed as the basis was chosen; never more but by the ridge.
+    left = [sum(float(s.residual_sum.sum()) for s in store.statistics) for store in (usual, other)]
+    assert left[0] < 1.05 * left[1]
+    assert CalibrationStore.load(tmp_path / "inputs").corpus["basis"] == "inputs"
+
+
 def test_a_store_needs_no_corpus(tmp_path: Path) -> None:
     store = build(tiny_backend(), None, tmp_path / "s", seed=3)
     assert store.corpus["name"] == "written by the model"
@@ -294,6 +308,7 @@ def test_a_store_needs_no_corpus(tmp_path: Path) -> None:
         ({"alpha": 0.0}, "alpha"),
         ({"max_tokens": 3}, "max_tokens"),
         ({"batch_size": 0}, "batch_size"),
+        ({"basis": "pca"}, "no basis 'pca'; there is regression, inputs"),
         ({"basis_tokens": 0}, "basis_tokens"),
         ({"error_documents": 0}, "error_documents"),
         ({"own_tokens": 0}, "own_tokens"),

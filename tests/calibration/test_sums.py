@@ -70,6 +70,26 @@ def test_the_basis_is_that_of_reduced_rank_regression(exact: bool, rank: int, se
     assert np.sum(ours**2) <= best * (1.01 if exact else 1.1)  # the ridge and the sketch apart
 
 
+@given(rank=st.integers(1, HIDDEN), seed=st.integers(0, 99))
+def test_the_basis_of_the_inputs_is_that_of_their_principal_components(
+    rank: int, seed: int
+) -> None:
+    x, h, norms = tokens(400, seed)
+    mean, basis = basis_of(x, h, norms, rank).basis(rank, "inputs")
+    assert basis.shape == (HIDDEN, rank)
+    centred = x.double().numpy() - mean.double().numpy()
+    z = centred @ basis.double().numpy()
+    white = np.atleast_2d(np.cov(z.T, bias=True))
+    assert np.all(np.diag(white) <= 1 + 1e-6)  # less by the ridge, where x hardly differs
+    assert np.allclose(white, np.diag(np.diag(white)), atol=1e-4)
+    values, vectors = np.linalg.eigh(np.cov(centred.T, bias=True))
+    share = values[-rank:] / (values[-rank:] + 1e-3 * values.mean())
+    assert np.allclose(np.diag(white), share, rtol=1e-3)
+    kept = np.linalg.qr(basis.double().numpy())[0]
+    leading = vectors[:, -rank:]
+    assert np.allclose(kept @ kept.T, leading @ leading.T, atol=1e-3)
+
+
 @given(st.integers(1, 4), st.integers(0, 99))
 def test_the_prediction_is_least_squares_on_the_basis(rank: int, seed: int) -> None:
     x, h, norms = tokens(500, seed)

@@ -30,6 +30,7 @@ from coreinfer.building.work import Checkpoint, WorkFolder, work_folder
 from coreinfer.building.written import WRITTEN, own_corpus
 from coreinfer.calibration.store import NAME, CalibrationStore
 from coreinfer.calibration.sums import (
+    BASES,
     BasisSums,
     PredictionSums,
     flat,
@@ -61,6 +62,7 @@ class CalibrationSettings:
         max_tokens: a longer document is cut to so many tokens, from 4; below the context length.
         batch_size: documents prefilled together.
         min_chars: a shorter document is skipped.
+        basis: how it is chosen, one of `BASES`.
         basis_tokens: tokens that the basis is chosen from, about; from all over the corpus.
         error_documents: documents on which the layers' errors are measured at most.
         own_tokens: tokens that the model writes where there is no corpus.
@@ -73,6 +75,7 @@ class CalibrationSettings:
     max_tokens: int = 512
     batch_size: int = 8
     min_chars: int = 1
+    basis: str = "regression"
     basis_tokens: int = 32_768
     error_documents: int = 8
     own_tokens: int = 32_768
@@ -83,6 +86,8 @@ class CalibrationSettings:
         require_ratio("alpha", self.alpha)
         require_whole("seed", self.seed, 0, 2**32 - 1)
         require_whole("max_tokens", self.max_tokens, 4)
+        if self.basis not in BASES:
+            raise UserError(f"no basis {self.basis!r}; there is {', '.join(BASES)}")
         require_whole("train_steps", self.train_steps, 0)
         for name in ("batch_size", "basis_tokens", "error_documents", "own_tokens"):
             require_whole(name, getattr(self, name), 1)
@@ -249,7 +254,7 @@ class _Build:
                 bar.update(len(batch))
                 if self._work.is_due:
                     self._work.save("basis", made_with, Checkpoint(state, flat(sums)))
-        made = [one.basis(rank) for one in sums]
+        made = [one.basis(rank, self._settings.basis) for one in sums]
         tensors = {f"mean.{layer}": mean for layer, (mean, _) in enumerate(made)}
         tensors |= {f"basis.{layer}": basis for layer, (_, basis) in enumerate(made)}
         self._work.save("basis", made_with, Checkpoint({**state, "complete": True}, tensors))

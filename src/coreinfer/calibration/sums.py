@@ -11,6 +11,8 @@ from torch import Tensor
 from coreinfer.calibration.prediction import LayerPrediction
 from coreinfer.core.statistics import LayerStatistics
 
+BASES = ("regression", "inputs")  # ways to choose a layer's basis
+
 _RIDGE = 1e-3  # of the mean variance of x: directions far below are not worth a rank
 _ROUNDING = 1e-9  # of the mean square of x: inputs that do not differ, in float32
 _DEGENERATE = 1e-4  # a variance of z that should be about 1: its direction is rounding noise
@@ -57,23 +59,32 @@ class BasisSums:
         self.xx.addmm_(x.t(), x)
         self.xy.addmm_(x.t(), y)
 
-    def basis(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(x_mean [d], Q [d, r]), float32: the inputs that predict what the neurons add best.
+    def basis(self, rank: int, kind: str = "regression") -> tuple[Tensor, Tensor]:
+        """(x_mean [d], Q [d, r]), float32, such that z = Q^T (x - x_mean) is white.
 
-        Reduced-rank regression of diag(w) h on x, w the norms of the down projection's columns:
-        Q = C^-1/2 U, with C the (slightly ridged) covariance of x and U the leading left singular
-        vectors of C^-1/2 cov(x, diag(w) h). These are found in the range of its product with the
-        random sketch (Halko, Martinsson and Tropp 2011), so that no [d, D] sum is kept; they are
-        the true ones but for the sketch's randomness, or exactly where the sketch has all
-        directions. r = min(rank, d, p).
+        "regression": the inputs that predict what the neurons add best, by reduced-rank regression
+        of diag(w) h on x, w the norms of the down projection's columns: Q = C^-1/2 U, with C the
+        (slightly ridged) covariance of x and U the leading left singular vectors of
+        C^-1/2 cov(x, diag(w) h). These are found in the range of its product with the random
+        sketch (Halko, Martinsson and Tropp 2011), so that no [d, D] sum is kept; they are the true
+        ones but for the sketch's randomness, or exactly where the sketch has all directions.
+        r = min(rank, d, p).
+        "inputs": the principal components of x, whatever the neurons make of them.
+        r = min(rank, d).
+
+        Args:
+            rank: r, at most.
+            kind: one of `BASES`.
         """
         mean = self.x / self.tokens
         covariance = self.xx / self.tokens - torch.outer(mean, mean)
-        across = self.xy / self.tokens - torch.outer(mean, self.y / self.tokens)
         values, vectors = torch.linalg.eigh(covariance)
         values = values.clamp(min=0)
         ridge = _RIDGE * values.mean() + _ROUNDING * mean.square().mean() + 1e-30
         root = vectors * (values + ridge).rsqrt()
+        if kind == "inputs":
+            return mean.float(), root[:, -rank:].float().contiguous()
+        across = self.xy / self.tokens - torch.outer(mean, self.y / self.tokens)
         left = torch.linalg.svd(root.t() @ across, full_matrices=False).U
         return mean.float(), (root @ left[:, : min(rank, left.shape[1])]).float()
 

@@ -47,6 +47,13 @@ def add_parser(verbs: Any) -> None:
     )
     add_reading_options(parser, least_tokens=4)
     parser.add_argument(
+        "--basis",
+        choices=("regression", "inputs"),
+        default="regression",
+        help="directions of the MLP's input that predictions are made from: regression, those that "
+        "say most of the neurons (default), or inputs, the principal components",
+    )
+    parser.add_argument(
         "--basis-tokens",
         type=whole,
         default=32768,
@@ -104,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         max_tokens=args.max_tokens,
         batch_size=args.batch_size,
+        basis=args.basis,
         basis_tokens=args.basis_tokens,
         error_documents=args.error_documents,
         own_tokens=args.own_tokens,
