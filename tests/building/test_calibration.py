@@ -15,7 +15,7 @@ from torch import Tensor
 from coreinfer.backends.base import Backend
 from coreinfer.backends.hf.session import HfSession
 from coreinfer.building import written
-from coreinfer.building.calibration import CalibrationSettings, memory_needed
+from coreinfer.building.settings import CalibrationSettings, memory_needed
 from coreinfer.building.training import Trainer
 from coreinfer.building.work import WorkFolder
 from coreinfer.building.written import write_corpus as write_own
@@ -90,7 +90,7 @@ def test_the_basis_is_of_all_lengths_whatever_the_batches(
     path = write_corpus(tmp_path / "c.jsonl", ["x" * (2 + i * 7 % 60) for i in range(512)])
     read: list[int] = []
 
-    def stop(sums: BasisSums, _rank: int) -> None:
+    def stop(sums: BasisSums, _rank: int, _kind: str) -> None:
         read.append(sums.tokens)
         raise KeyboardInterrupt
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from coreinfer.backends.base import Backend
-from coreinfer.building.calibration import CalibrationSettings, calibrate
+from coreinfer.building.calibration import calibrate
+from coreinfer.building.settings import CalibrationSettings
 from coreinfer.calibration.prediction import LayerPrediction
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.core.layer_errors import LayerErrors

@@ -103,7 +103,8 @@ def _on_hf(args: argparse.Namespace, llm: LLM) -> HfBackend:
 
 
 def run(args: argparse.Namespace) -> int:
-    from coreinfer.building.calibration import CalibrationSettings, calibrate
+    from coreinfer.building.calibration import calibrate
+    from coreinfer.building.settings import CalibrationSettings
 
     settings = CalibrationSettings(
         rank=args.rank,
