@@ -21,19 +21,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.models import opened
 from benchmarks.report import markdown, provenance, write_json, write_text
 from benchmarks.texts import add_window_options, read_windows
-from coreinfer.api import load
 from coreinfer.backends.base import Backend
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.values import fractions, layer_list, whole_numbers
 from coreinfer.evaluation.continuations import Quality, Setting, Window, measure, windows
 from coreinfer.journal import Journal
 from coreinfer.jsonl import read_text
+from coreinfer.runtime.stores import Stores
 from coreinfer.selectors import Impact, Residual, Stability
 from coreinfer.standins import Calibrated, Linear
 from coreinfer.tuning.budgets import Curve, allocate
-from coreinfer.tuning.candidate import Stores
 from coreinfer.tuning.design import Design, Planner, Profile
 from coreinfer.tuning.goal import Goal
 from coreinfer.tuning.objective import WINDOWS_A_STEP, Objective
@@ -271,13 +271,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without a suffix")
     args = parser.parse_args()
 
-    backend = load(
-        args.model,
-        backend=args.backend,
-        dtype=args.dtype,
-        threads=args.threads,
-        on_progress=print,
-    ).backend
+    backend = opened(args, print)
     texts = read_windows(backend, args)
     about = provenance("benchmarks.calibration")
     title = (

@@ -11,17 +11,17 @@ that is cut short leaves what it has. `--jobs N` measures N batches at a time, a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models import opened
 from benchmarks.report import markdown, provenance, write_json, write_text
 from benchmarks.texts import add_window_options, read_windows
-from coreinfer.api import in_batches, load
-from coreinfer.backends.base import Backend
+from coreinfer.api import in_batches
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.cli.values import fractions, layer_list
 from coreinfer.evaluation.continuations import Quality, Setting, Window, measure
@@ -96,18 +96,6 @@ def table(results: dict[str, Quality]) -> str:
             ]
         )
     return markdown(rows)
-
-
-def opened(
-    args: argparse.Namespace, on_progress: Callable[[str], None] = lambda _line: None
-) -> Backend:
-    return load(
-        args.model,
-        backend=args.backend,
-        dtype=args.dtype,
-        threads=args.threads,
-        on_progress=on_progress,
-    ).backend
 
 
 class Worker:

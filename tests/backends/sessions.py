@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from coreinfer.backends.base import Backend, Session
+from coreinfer.backends.base import Backend, Phase, Session
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors import Selector, Stability
 from coreinfer.selectors.evidence import Evidence
@@ -56,3 +56,19 @@ def same_evidence(one: Evidence, two: Evidence, atol: float = 1e-4) -> None:
             assert a.counts.tolist() == b.counts.tolist()
             for name in ("positive_sum", "square_sum", "unit_square_sum", "input_sum"):
                 close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=atol)
+
+
+def decodes_several_as_one_by_one(session: Any) -> None:
+    """Rows of different lengths in one call, and token by token."""
+    session.prefill([A, B])
+    session.select(RULE)
+    rows = [list(range(20, 39)), [7, 8]]
+    at_once = session.fork().decode(rows, Phase.SCORE)
+    assert at_once.shape[:2] == (2, 19)
+    one_by_one = session.fork()
+    for step, token in enumerate(rows[0]):
+        ids = [[token], rows[1][step : step + 1]]
+        logits = one_by_one.decode(ids)
+        for row in range(2):
+            if ids[row]:
+                close(at_once[row, step], logits[row, 0], rtol=1e-4, atol=1e-4)

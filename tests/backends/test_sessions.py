@@ -21,6 +21,7 @@ from tests.backends.sessions import (
     Open,
     begun,
     close,
+    decodes_several_as_one_by_one,
     same_evidence,
     sets,
 )
@@ -91,19 +92,7 @@ def test_a_batch_equals_each_alone(name: str, stand_in: StandIn | None) -> None:
 
 @opened(EVERY)
 def test_several_tokens_at_once_equal_one_by_one(opens: Open) -> None:
-    session = begun(opens())
-    session.prefill([A, B])
-    session.select(RULE)
-    rows = [list(range(20, 39)), [7, 8]]
-    at_once = session.fork().decode(rows, Phase.SCORE)
-    assert at_once.shape[:2] == (2, 19)
-    one_by_one = session.fork()
-    for step, token in enumerate(rows[0]):
-        ids = [[token], rows[1][step : step + 1]]
-        logits = one_by_one.decode(ids)
-        for row in range(2):
-            if ids[row]:
-                close(at_once[row, step], logits[row, 0], rtol=1e-4, atol=1e-4)
+    decodes_several_as_one_by_one(begun(opens()))
 
 
 @opened(EVERY)

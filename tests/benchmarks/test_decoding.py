@@ -54,6 +54,11 @@ def test_stores_are_opened_where_they_lie(tmp_path: Path) -> None:
     static = Static(clusters=clusters, beta=0.3)
     only = {"clusters": paths["clusters"]}
     assert same(handed_on(Decoding.of(static, None, only)).made()[0], static)
+    # A static set may come from a calibration, too, but not in another process.
+    learnt = Static(clusters=store, beta=0.3)
+    with pytest.raises(UserError, match="--selector static is timed with --clusters STORE alone"):
+        Decoding.of(learnt, None, {"calibration": paths["calibration"]})
+    assert Decoding.of(Impact(), None, paths).stores == {}
     with pytest.raises(UserError, match="no calibration store at 'gone'"):
         Decoding.of(residual, None, {"calibration": "gone"}).made()
 

@@ -13,7 +13,16 @@ from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.selectors import Oracle
 from coreinfer.standins import StandIn
-from tests.backends.sessions import RULE, A, B, begun, close, same_evidence, sets
+from tests.backends.sessions import (
+    RULE,
+    A,
+    B,
+    begun,
+    close,
+    decodes_several_as_one_by_one,
+    same_evidence,
+    sets,
+)
 from tests.native.pairs import VARIANTS, tiny_native, tiny_pair
 
 FAMILIES = ["llama", "qwen3", "opt"]
@@ -41,19 +50,7 @@ def test_parts_hold_every_token_once_in_order() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_several_tokens_at_once_equal_one_by_one(variant: str, dtype: str) -> None:
-    session = start(variant, dtype=dtype)
-    session.prefill([A, B])
-    session.select(RULE)
-    rows = [list(range(20, 39)), [7, 8]]
-    at_once = session.fork().decode(rows, Phase.SCORE)
-    assert at_once.shape[:2] == (2, 19)
-    one_by_one = session.fork()
-    for step, token in enumerate(rows[0]):
-        ids = [[token], rows[1][step : step + 1]]
-        logits = one_by_one.decode(ids)
-        for row in range(2):
-            if ids[row]:
-                close(at_once[row, step], logits[row, 0], rtol=1e-4, atol=1e-4)
+    decodes_several_as_one_by_one(start(variant, dtype=dtype))
 
 
 def test_a_fork_costs_no_copy_of_the_cache() -> None:

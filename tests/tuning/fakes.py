@@ -11,7 +11,8 @@ from coreinfer.backends.hf.worth import Worth
 from coreinfer.core.measures import ReadCost
 from coreinfer.evaluation.continuations import Quality, Window
 from coreinfer.journal import Journal
-from coreinfer.tuning.candidate import Candidate, Stores
+from coreinfer.runtime.stores import Stores
+from coreinfer.tuning.candidate import Candidate
 from coreinfer.tuning.objective import Objective
 from coreinfer.tuning.prices import Prices
 from coreinfer.tuning.work import DENSE, Measure, Weigh

@@ -17,7 +17,8 @@ from coreinfer.cli.main import build_parser
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.generation import prefill
-from coreinfer.tuning.candidate import Candidate, Stores
+from coreinfer.runtime.stores import Stores
+from coreinfer.tuning.candidate import Candidate
 from coreinfer.tuning.settings_file import to_toml, write_settings
 from tests.calibration.stores import random_store as random_calibration
 from tests.semantics.stores import random_store as random_clusters

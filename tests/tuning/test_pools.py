@@ -17,8 +17,9 @@ from coreinfer import api
 from coreinfer.api import load
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Window
+from coreinfer.runtime.stores import Stores
 from coreinfer.tuning import pools
-from coreinfer.tuning.candidate import Candidate, Stores
+from coreinfer.tuning.candidate import Candidate
 from coreinfer.tuning.pools import (
     InProcess,
     Pool,

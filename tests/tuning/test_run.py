@@ -14,7 +14,8 @@ from coreinfer.core.layer_errors import LayerErrors
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Quality
 from coreinfer.journal import Journal
-from coreinfer.tuning.candidate import Candidate, Stores
+from coreinfer.runtime.stores import Stores
+from coreinfer.tuning.candidate import Candidate
 from coreinfer.tuning.design import Design, Planner, Profile
 from coreinfer.tuning.goal import Goal
 from coreinfer.tuning.result import Outcome

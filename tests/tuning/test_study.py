@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coreinfer.tuning.candidate import Stores
+from coreinfer.runtime.stores import Stores
 from coreinfer.tuning.design import Design
 from coreinfer.tuning.space import LEAST_SHARE, MOST_SHARE, Space
 from coreinfer.tuning.study import BATCH, front, search

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-from coreinfer.calibration.store import CalibrationStore
+from coreinfer.errors import UserError
+from coreinfer.runtime.stores import Stores
 from coreinfer.selectors import SELECTORS, Dense, Impact, Selector
-from coreinfer.semantics.store import ClusterStore
 from coreinfer.standins import STAND_INS, Linear, StandIn
-
-_STORES = (("clusters", ClusterStore), ("calibration", CalibrationStore))
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,23 @@ class Decoding:
     def of(
         cls, selector: Selector, stand_in: StandIn | None, stores: Mapping[str, str]
     ) -> Decoding:
-        """What these are, where their stores lie at these paths."""
-        fit = {} if stand_in is None else _plain(stand_in)
-        name = None if stand_in is None else stand_in.name
-        return cls(selector.name, _plain(selector), name, fit, dict(stores))
+        """What these are, where their stores lie at these paths.
+
+        Raises:
+            UserError: if the path of a store that they take is not among them.
+        """
+        asked = Stores.asked_by(type(selector))
+        asked |= set() if stand_in is None else Stores.asked_by(type(stand_in))
+        if lacking := asked - stores.keys():
+            name = min(lacking)
+            raise UserError(f"--selector {selector.name} is timed with --{name} STORE alone")
+        return cls(
+            selector.name,
+            _plain(selector),
+            None if stand_in is None else stand_in.name,
+            {} if stand_in is None else _plain(stand_in),
+            {name: stores[name] for name in sorted(asked)},
+        )
 
     def made(self) -> tuple[Selector, StandIn | None]:
         """The rule and the stand-in.
@@ -48,17 +58,12 @@ class Decoding:
         Raises:
             UserError: if a store is missing or damaged.
         """
-        opened = {
-            name: store.load(Path(self.stores[name]))
-            for name, store in _STORES
-            if name in self.stores
-        }
-        rule = SELECTORS[self.selector]
-        selector = rule(**_restored(self.rule), **_taken(rule, opened))
+        stores, rule = Stores.open(self.stores), SELECTORS[self.selector]
+        selector = rule(**_restored(self.rule), **stores.taken_by(rule))
         if self.stand_in is None:
             return selector, None
         made = STAND_INS[self.stand_in]
-        return selector, made(**self.fit, **_taken(made, opened))
+        return selector, made(**self.fit, **stores.taken_by(made))
 
 
 def by_keep(keep: float, active: float) -> tuple[Selector, StandIn | None]:
@@ -71,8 +76,8 @@ def by_keep(keep: float, active: float) -> tuple[Selector, StandIn | None]:
 
 def _plain(made: Selector | StandIn) -> dict[str, Any]:
     """The fields that are no stores."""
-    names = {name for name, _ in _STORES}
-    return {one.name: getattr(made, one.name) for one in fields(made) if one.name not in names}
+    stores = Stores.asked_by(type(made))
+    return {one.name: getattr(made, one.name) for one in fields(made) if one.name not in stores}
 
 
 def _restored(rule: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,9 +89,3 @@ def _restored(rule: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list):
             made[name] = tuple(value)
     return made
-
-
-def _taken(
-    made: type[Selector] | type[StandIn], opened: Mapping[str, ClusterStore | CalibrationStore]
-) -> dict[str, Any]:
-    return {name: store for name, store in opened.items() if name in made.__dataclass_fields__}

@@ -19,7 +19,7 @@ from coreinfer.errors import UserError, require_whole
 
 if TYPE_CHECKING:
     from coreinfer.api import LLM
-    from coreinfer.tuning.candidate import Stores
+    from coreinfer.runtime.stores import Stores
     from coreinfer.tuning.pools import Pool
     from coreinfer.tuning.result import Outcome
 
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer import __version__
     from coreinfer.api import require_differentiable
     from coreinfer.journal import Journal
-    from coreinfer.tuning.candidate import Stores
+    from coreinfer.runtime.stores import Stores
     from coreinfer.tuning.goal import Goal
     from coreinfer.tuning.objective import FINAL_WINDOWS, WINDOWS_A_STEP, WINDOWS_A_TASK, Objective
     from coreinfer.tuning.prices import Prices

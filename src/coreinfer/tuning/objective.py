@@ -13,7 +13,8 @@ from tqdm import tqdm
 from coreinfer.evaluation.continuations import Quality, Window
 from coreinfer.journal import Journal, key_of
 from coreinfer.recording import RecordingPlan
-from coreinfer.tuning.candidate import Candidate, Stores
+from coreinfer.runtime.stores import Stores
+from coreinfer.tuning.candidate import Candidate
 from coreinfer.tuning.pools import Pool
 from coreinfer.tuning.work import DENSE, Measure, Weigh
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from coreinfer.backends.base import Backend
 from coreinfer.backends.native.memory import available_memory
 from coreinfer.errors import UserError
-from coreinfer.tuning.candidate import Stores
+from coreinfer.runtime.stores import Stores
 from coreinfer.tuning.work import Result, Task, Worker, WorkerSpec
 
 PROCESS_BYTES = 2**30  # that a process takes beside its model

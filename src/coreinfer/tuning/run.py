@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from coreinfer.calibration.store import CalibrationStore
 from coreinfer.errors import UserError, require_whole
-from coreinfer.tuning.candidate import Stores
+from coreinfer.runtime.stores import Stores
 from coreinfer.tuning.design import Design, Planner, Profile
 from coreinfer.tuning.goal import Goal
 from coreinfer.tuning.objective import Objective

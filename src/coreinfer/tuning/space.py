@@ -8,9 +8,9 @@ from math import inf
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from coreinfer.runtime.stores import Stores
 from coreinfer.selectors import SELECTORS, Selector
 from coreinfer.standins import STAND_INS, StandIn
-from coreinfer.tuning.candidate import Stores
 from coreinfer.tuning.design import Design, Profile
 from coreinfer.tuning.prices import Prices
 

@@ -17,7 +17,8 @@ from coreinfer.backends.hf.session import HfBackend
 from coreinfer.backends.hf.worth import Worth, worth
 from coreinfer.errors import UserError
 from coreinfer.evaluation.continuations import Quality, Window, measure
-from coreinfer.tuning.candidate import Candidate, Stores
+from coreinfer.runtime.stores import Stores
+from coreinfer.tuning.candidate import Candidate
 
 DENSE = "dense"  # the name of dense decoding among the results of `Measure`
 
