@@ -5,7 +5,8 @@
         --out benchmarks/results/calibration-smollm2
 
 Every row reads at most the bytes of plain dropping at `--keep`: a stand-in's maps are paid for by
-keeping fewer neurons, and where only `--active` of them are computed whole more are kept. With
+keeping fewer neurons, and where only `--active` of them are computed whole more are kept: so many
+that the bytes are used up, by what is read on the first windows, with `--fill`. With
 `--descend FILE` there are also budgets by descent, as `tune` makes them, on windows of another text
 or of a corpus (`.jsonl`); what they were weighed by is kept in OUT.descent.jsonl. Writes OUT.json
 (every number, a window each) and OUT.md (the table).
@@ -16,10 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from benchmarks.models import opened
 from benchmarks.report import markdown, provenance, write_json, write_text
@@ -41,6 +45,8 @@ from coreinfer.tuning.pools import Pool, Processes
 from coreinfer.tuning.prices import Prices
 from coreinfer.tuning.tuner import DESCENT, Tuner
 from coreinfer.tuning.work import WorkerSpec
+
+FILLED_ON = 8  # windows, of which it is asked what is read
 
 
 @dataclass(frozen=True)
@@ -70,17 +76,37 @@ class Limit:
         layers = len(self.prices.cost.num_neurons)
         return (self.keep * (layers - len(self.dense)) + len(self.dense)) / layers
 
+    def filled(self, backend: Backend, texts: Sequence[Window], setting: Setting) -> Limit:
+        """One for planning with, so that what a setting reads of these texts uses up the bytes.
+
+        More are planned for than are read where core neurons are skipped.
+        """
+        cost = self.prices.cost
+        *_, last = measure(backend, texts, {"planned": setting})
+        read = fmean(last["planned"].bytes_per_token) - cost.shared
+        return replace(self, keep=self.keep * self.share * cost.mlp / read)
+
+
+Plan = Callable[[Limit], Setting]
+
 
 @dataclass(frozen=True)
 class Way:
-    """How the calibrated stand-in is used: its rank, and how many core neurons are active."""
+    """How the calibrated stand-in is used: its rank, how many core neurons are active, and whether
+    it is fitted to the others of them as well."""
 
     rank: int
     active: float = 1.0
+    fit_skipped: bool = False
+
+    @property
+    def fit(self) -> dict[str, Any]:
+        """Its options."""
+        return {"rank": self.rank} | ({"fit_skipped": True} if self.fit_skipped else {})
 
     def __str__(self) -> str:
         skipping = "" if self.active == 1 else f", active {self.active:g}"
-        return f"calibrated {self.rank}{skipping}"
+        return f"calibrated {self.rank}{skipping}{' fitted' if self.fit_skipped else ''}"
 
 
 def baselines(limit: Limit, actives: Sequence[float]) -> dict[str, Setting]:
@@ -100,18 +126,22 @@ def baselines(limit: Limit, actives: Sequence[float]) -> dict[str, Setting]:
     return made
 
 
-def calibrated(store: CalibrationStore, ways: Sequence[Way], limit: Limit) -> dict[str, Setting]:
-    made = {}
-    for way in ways:
-        lower, dense = limit.keep_beside(way.rank, way.active), limit.dense
-        stand_in = Calibrated(calibration=store, rank=way.rank)
-        rule = Residual(calibration=store, beta=lower, dense_layers=dense, active=way.active)
-        made[f"residual, {way}"] = Setting(rule, stand_in)
-        by_impact = Impact(beta=lower, dense_layers=dense, active=way.active)
-        made[f"impact, {way}"] = Setting(by_impact, stand_in)
-        by_layer = replace(rule, budgets=half_way(store, lower, dense))
-        made[f"residual by layer, {way}"] = Setting(by_layer, stand_in)
-    return made
+def calibrated(store: CalibrationStore, ways: Sequence[Way]) -> dict[str, Plan]:
+    rules = ("residual", "impact", "residual by layer")
+    return {
+        f"{rule}, {way}": partial(_calibrated, rule, store, way) for way in ways for rule in rules
+    }
+
+
+def _calibrated(rule: str, store: CalibrationStore, way: Way, limit: Limit) -> Setting:
+    lower = limit.keep_beside(way.rank, way.active)
+    stand_in = Calibrated(calibration=store, **way.fit)
+    if rule == "impact":
+        return Setting(Impact(beta=lower, dense_layers=limit.dense, active=way.active), stand_in)
+    made = Residual(calibration=store, beta=lower, dense_layers=limit.dense, active=way.active)
+    if rule == "residual by layer":
+        made = replace(made, budgets=half_way(store, lower, limit.dense))
+    return Setting(made, stand_in)
 
 
 @dataclass(frozen=True)
@@ -123,21 +153,23 @@ class Descent:
     steps: int
     journal: Journal
 
-    def settings(
-        self, store: CalibrationStore, ways: Sequence[Way], limit: Limit
-    ) -> dict[str, Setting]:
+    def plans(self, store: CalibrationStore, ways: Sequence[Way], limit: Limit) -> dict[str, Plan]:
         """Budgets within the limit, for each way to use the stand-in."""
         stores, about = Stores({}, {"calibration": store}), store.describe()
         planner = Planner(limit.prices, store.layer_errors)
         objective = Objective(self.pool, {DESCENT: self.texts}, self.journal, stores, about=about)
         tuner = Tuner(Goal.of_bytes(limit.share), planner, objective)
-        profile, made = ends(limit.dense, store.num_layers), {}
+        profile = ends(limit.dense, store.num_layers)
+        made: dict[str, Plan] = {}
+
+        def plan(design: Design, within: Limit) -> Setting:
+            return planner.candidate(design, within.share).setting(stores)
+
         for way in ways:
             rule = {} if way.active == 1 else {"active": way.active}
-            start = Design("residual", rule, "calibrated", {"rank": way.rank}, profile)
+            start = Design("residual", rule, "calibrated", way.fit, profile)
             found = tuner.descended(start, limit.share, self.steps)
-            setting = planner.candidate(found, limit.share).setting(stores)
-            made[f"residual by descent, {way}"] = setting
+            made[f"residual by descent, {way}"] = partial(plan, found)
         return made
 
 
@@ -168,21 +200,28 @@ def rows_of(
 ) -> Iterator[tuple[str, dict[str, Quality]]]:
     """The results of the other rules, then of each store."""
     limit = Limit(Prices.of(backend, texts[0]), args.keep, args.dense_layers)
-    ways = [Way(rank, active) for rank in args.ranks for active in args.active]
+    ways = [
+        Way(rank, active, args.fit_skipped and active < 1)
+        for rank in args.ranks
+        for active in args.active
+    ]
     if not args.no_baselines:
         others = baselines(limit, args.active)
         *_, last = measure(backend, texts, others, batch_size=args.batch_size)
         yield "", last
     for name, path in args.stores:
         store = CalibrationStore.load(path)
-        settings = calibrated(store, ways, limit)
+        plans = calibrated(store, ways)
         if args.residual_alone:
-            settings = {
-                key: value for key, value in settings.items() if key.startswith("residual,")
-            }
+            plans = {key: plan for key, plan in plans.items() if key.startswith("residual,")}
         if args.descend is not None:
             with descent_of(backend, path, args) as descent:
-                settings |= descent.settings(store, ways, limit)
+                plans |= descent.plans(store, ways, limit)
+        settings = {key: plan(limit) for key, plan in plans.items()}
+        if args.fill:
+            for key, setting in settings.items():
+                if setting.selector.skips:
+                    settings[key] = plans[key](limit.filled(backend, texts[:FILLED_ON], setting))
         *_, last = measure(backend, texts, settings, batch_size=args.batch_size)
         yield name, last
 
@@ -256,6 +295,8 @@ def main() -> None:
     parser.add_argument("--stores", type=named_path, nargs="+", required=True, metavar="NAME=STORE")
     parser.add_argument("--ranks", type=whole_numbers, default=(64,), help="of the stand-in")
     parser.add_argument("--active", type=fractions, default=(1.0,), help="of the core neurons")
+    parser.add_argument("--fit-skipped", action="store_true", help="the stand-in, to these too")
+    parser.add_argument("--fill", action="store_true", help="use up the bytes where neurons skip")
     parser.add_argument("--keep", type=float, default=0.5, help="whose bytes every row may read")
     parser.add_argument("--dense-layers", type=layer_list, default=())
     parser.add_argument("--backend", choices=("native", "hf"), default="native")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coreinfer.calibration.store import CalibrationStore
-from coreinfer.core.skipping import GateStatistics
+from coreinfer.core.skipping import SAMPLED, GateStatistics
 from coreinfer.core.statistics import LayerStatistics, PromptStatistics
 from coreinfer.errors import UserError
 from coreinfer.selectors.base import Selector
@@ -37,6 +37,7 @@ class RecordingPlan:
         sample_tokens: tokens to keep for a stand-in at most; 0 keeps sums only, None nothing.
         calibration: whose predictions' residuals are summed; None sums none.
         gates: record what tells small activations from others.
+        sample_gates: of all tokens that are sampled for a stand-in.
         observer: shown each layer's counted tokens, (layer, x [n, d], h [n, D]), a sequence at a
             time; without a BOS token unless that counts.
         intent: what is likely to be asked for afterwards, so that a backend may choose, fit and
@@ -51,6 +52,7 @@ class RecordingPlan:
     sample_tokens: int | None = None
     calibration: CalibrationStore | None = None
     gates: bool = False
+    sample_gates: bool = False
     observer: Callable[[int, Tensor, Tensor], None] | None = None
     intent: Intent | None = None
 
@@ -65,6 +67,7 @@ class RecordingPlan:
             sample_tokens=None if stand_in is None else stand_in.sample_tokens,
             calibration=selector.recorded_calibration,
             gates=selector.skips,
+            sample_gates=selector.skips and stand_in is not None and stand_in.fit_skipped,
         )
 
     @classmethod
@@ -80,6 +83,7 @@ class RecordingPlan:
             and (self.halves or not other.halves)
             and (self.input_sums or not other.input_sums)
             and (self.gates or not other.gates)
+            and (self.sample_gates or not other.sample_gates)
             and other.calibration in (None, self.calibration)
             and other.observer in (None, self.observer)
             and (
@@ -116,8 +120,9 @@ class PromptRecorder:
         capacity = plan.sample_tokens or 0
         self._samples = [LayerSample(capacity) for _ in sizes]
         self._first = [LayerSample(capacity) for _ in sizes]  # the sink, only if nothing else is
-        self._gates = [GateStatistics() for _ in sizes]
-        self._first_gates = [GateStatistics() for _ in sizes]  # likewise
+        gates = max(SAMPLED, capacity) if plan.sample_gates else SAMPLED
+        self._gates = [GateStatistics(gates) for _ in sizes]
+        self._first_gates = [GateStatistics(gates) for _ in sizes]  # likewise
 
     def observe(
         self, layer: int, window: Window, x: Tensor, h: Tensor, gates: Tensor | None = None

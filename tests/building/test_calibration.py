@@ -117,6 +117,10 @@ def test_too_short_documents_are_refused_before_any_is_read(
     interrupt(monkeypatch, HfSession, "prefill", 0)
     with pytest.raises(UserError, match="has no document of 4 tokens or more"):
         build(tiny_backend(), path, tmp_path / "s")
+    write_corpus(path, ["abcde"])
+    asked = {"train_steps": 1, "differentiable": tiny_backend()}
+    with pytest.raises(UserError, match="no document has the 8 tokens that training needs"):
+        build(tiny_backend(), path, tmp_path / "s", **asked)
 
 
 def test_progress_is_in_documents_also_where_it_goes_on(

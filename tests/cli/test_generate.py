@@ -199,6 +199,11 @@ def test_settings_without_effect_are_pointed_out(cli: Cli, model_dir: Path) -> N
     assert run.code == 0
     for name in ("alpha", "gamma", "rank"):
         assert f"note: --{name} has no effect with" in run.err
+    common = ("generate", "--model", model_dir, "--prompt", "hi", "--max-new-tokens", 1)
+    run = cli(*common, "--fit-skipped")
+    assert "note: --fit-skipped has no effect with no --active" in run.err
+    run = cli(*common, "--fit-skipped", "--active", 0.5)
+    assert (run.code, "has no effect" in run.err) == (0, False)
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,13 @@ def test_a_plan_is_the_least_that_a_rule_needs() -> None:
     assert RecordingPlan.of(Griffin(count_bos=True)) == RecordingPlan(count_bos=True)
     assert RecordingPlan.of(Random(), Mean()) == RecordingPlan(sample_tokens=0)
     assert RecordingPlan.of(Random(), Linear(sample_tokens=7)) == RecordingPlan(sample_tokens=7)
+    both, none = Linear(sample_tokens=7, fit_skipped=True), Linear(sample_tokens=7)
+    assert RecordingPlan.of(Random(), both) == RecordingPlan(sample_tokens=7)
+    skips = Random(active=0.5)
+    assert RecordingPlan.of(skips, none) == RecordingPlan(sample_tokens=7, gates=True)
+    assert RecordingPlan.of(skips, both) == RecordingPlan(
+        sample_tokens=7, gates=True, sample_gates=True
+    )
 
 
 PLANS = st.builds(
@@ -177,6 +184,8 @@ PLANS = st.builds(
     halves=st.booleans(),
     input_sums=st.booleans(),
     sample_tokens=st.sampled_from([None, 0, 5, 9]),
+    gates=st.booleans(),
+    sample_gates=st.booleans(),
 )
 
 
@@ -189,6 +198,8 @@ def test_a_plan_covers_another_if_it_records_all_that_one_needs(
         plan.count_bos == other.count_bos,
         plan.halves >= other.halves,
         plan.input_sums >= other.input_sums,
+        plan.gates >= other.gates,
+        plan.sample_gates >= other.sample_gates,
         (-1 if plan.sample_tokens is None else plan.sample_tokens)
         >= (-1 if other.sample_tokens is None else other.sample_tokens),
     ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from coreinfer.core.coreset import CoreSet
 from coreinfer.core.measures import THRESHOLD_BYTES, ReadCost
 from coreinfer.core.skipping import SAMPLED, GateStatistics
+from coreinfer.core.tokens import spread_order
 
 D = 20
 
@@ -24,8 +25,10 @@ def prompt(tokens: int, seed: int = 0, neurons: int = D) -> tuple[Tensor, Tensor
     return gates, torch.randn(tokens, neurons, generator=generator) * torch.logspace(-1, 1, neurons)
 
 
-def recorded(gates: Tensor, ups: Tensor, cuts: tuple[int, ...] = ()) -> GateStatistics:
-    statistics = GateStatistics()
+def recorded(
+    gates: Tensor, ups: Tensor, cuts: tuple[int, ...] = (), capacity: int = SAMPLED
+) -> GateStatistics:
+    statistics = GateStatistics(capacity)
     ends = (0, *sorted(cuts), len(gates))
     for start, end in pairwise(ends):
         positions = 1 + torch.arange(start, end)
@@ -63,6 +66,21 @@ def test_a_prompt_in_pieces_has_the_same_thresholds(tokens: int, data: st.DataOb
     assert len(whole.gates) == min(tokens, SAMPLED)
 
 
+@given(st.integers(2, 3 * SAMPLED), st.integers(1, 2 * SAMPLED), st.data())
+def test_what_is_skipped_at_sampled_tokens(tokens: int, asked: int, data: st.DataObject) -> None:
+    gates, ups = prompt(tokens)
+    cuts = data.draw(st.sets(st.integers(1, tokens - 1), max_size=3))
+    statistics = recorded(gates, ups, tuple(cuts), capacity=2 * SAMPLED)
+    kept = torch.arange(0, D, 3)
+    least = statistics.least(kept, 0.4)
+    # How many are kept is no matter to the thresholds.
+    torch.testing.assert_close(least, recorded(gates, ups).least(kept, 0.4))
+    asked = min(asked, tokens)
+    rows = spread_order(1 + torch.arange(tokens))[:asked].sort().values
+    small = statistics.skipped(kept.int(), least, asked)
+    assert torch.equal(small, gates[rows][:, kept].abs() < least)
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_where_nothing_is_multiplied_all_neurons_have_one_threshold(relu: bool) -> None:
     gates, _ = prompt(30)
@@ -98,6 +116,10 @@ def test_a_gate_that_was_never_open_is_taken_for_one_like_the_others() -> None:
 def test_nothing_recorded_is_an_error() -> None:
     with pytest.raises(ValueError, match="no token"):
         GateStatistics().least(torch.arange(3), 0.5)
+    with pytest.raises(ValueError, match="no token"):
+        GateStatistics().skipped(torch.arange(3), torch.ones(3), 1)
+    with pytest.raises(ValueError, match="of 5 tokens are kept, not of 6"):
+        recorded(*prompt(5)).skipped(torch.arange(3), torch.ones(3), 6)
     statistics = GateStatistics()
     statistics.update(torch.zeros(0, D), torch.zeros(0, D), torch.zeros(0, dtype=torch.long))
     assert statistics.tokens == 0

@@ -183,6 +183,46 @@ def test_a_layer_may_have_a_part_of_its_own(all_others: float) -> None:
     assert own.active_share(core_set.layers) == pytest.approx((all_others + 0.7) / 2)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+def test_a_stand_in_may_stand_for_what_is_skipped_as_well(family: str) -> None:
+    """At the prompt's mean input it gives the mean of all that decode leaves out of it."""
+    backend = tiny_backend(family)
+    stand_in = Linear(rank=4, fit_skipped=True)
+    session = backend.start(RecordingPlan.of(RULE, stand_in))
+    session.prefill([A, B])
+    choices = session.select(RULE, stand_in)
+    for layer, compact in session.compact.items():
+        mlp = backend.anatomy.layers[layer]
+        assert compact.skip is not None
+        assert compact.left is not None
+        assert compact.right is not None
+        for row, choice in enumerate(choices):
+            sample = session.sample(row, layer)
+            x, h = sample.inputs, sample.h
+            assert h is not None
+            kept = choice.core_set.layers[layer].long()
+            first = torch.nn.functional.linear(x, mlp.inputs[0].weight, mlp.inputs[0].bias)
+            gates = gates_by_hand(backend, first, h)
+            left_out = []
+            for rounding in (1 - 1e-5, 1 + 1e-5):  # one activation is the threshold itself
+                is_read = torch.zeros_like(h, dtype=torch.bool)
+                is_read[:, kept] = gates[:, kept].abs() >= compact.skip.least[row] * rounding
+                assert 0 < int(is_read.sum()) < 0.6 * len(x) * len(kept)
+                left_out.append(((h * ~is_read) @ mlp.output.weight.t()).mean(dim=0))
+            offset = compact.output.bias
+            assert offset is not None
+            own = offset[row] - (0 if mlp.output.bias is None else mlp.output.bias)
+            said = compact.left.weight_of(row) @ (compact.right.weight_of(row) @ x.mean(dim=0))
+            assert min(float((own + said - one).abs().max()) for one in left_out) < 1e-4
+
+
+def test_what_is_skipped_is_fitted_only_where_its_tokens_were_recorded() -> None:
+    session = tiny_backend().start(RecordingPlan.of(RULE, Linear(rank=4)))
+    session.prefill([A])
+    with pytest.raises(ValueError, match="selection needs"):
+        session.select(RULE, Linear(rank=4, fit_skipped=True))
+
+
 def test_all_neurons_may_be_core_neurons_of_which_few_are_active() -> None:
     """Skipping alone, as CATS does; a stand-in then has nothing to stand for."""
     rule = Impact(beta=1.0, active=0.3)

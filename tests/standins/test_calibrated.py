@@ -68,6 +68,18 @@ def whole_map(
     return said + np.linalg.solve(x64.T @ x64 + penalty * np.eye(HIDDEN), x64.T @ left).T, a
 
 
+def test_what_is_skipped_counts_as_what_is_dropped() -> None:
+    x, h, down = problem(12)
+    dropped = h[:, DROPPED] @ down[:, DROPPED].t()
+    skipped = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(1))
+    sample, made = sampled(x, h), Calibrated(calibration=store(), rank=3)
+    both = torch.cat([torch.zeros(1, HIDDEN), dropped + skipped])
+    want = made.fit(1, sample, DenseDown(down), DROPPED, both)
+    terms = made.fit(1, sample, DenseDown(down), DROPPED, None, skipped)
+    torch.testing.assert_close(terms.offset, want.offset, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(map_of(terms), map_of(want), rtol=1e-4, atol=1e-4)
+
+
 @given(tokens=st.integers(2, 20), ridge=st.sampled_from([0.01, 0.3, 3.0, 100.0]), seed=SEEDS)
 def test_full_rank_is_the_prediction_and_the_prompts_correction(
     tokens: int, ridge: float, seed: int

@@ -283,6 +283,33 @@ def test_a_dropped_part_that_is_known_gives_the_same(tokens: int) -> None:
         torch.testing.assert_close(Mean().fit(0, sample, never, DROPPED, known).offset, mean.offset)
 
 
+def test_what_is_skipped_counts_as_what_is_dropped() -> None:
+    x, h, down = problem(12)
+    dropped = torch.from_numpy(targets(h, down)).float()
+    skipped = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(1))
+    sink = torch.zeros(1, HIDDEN)
+    sample = LayerSample(256)
+    sample.update(x, h, torch.arange(1, 13))
+    given_ = DenseDown(down), DROPPED
+    both = Linear(rank=3).fit(0, sample, *given_, torch.cat([sink, dropped + skipped]))
+    for known in (None, torch.cat([sink, dropped])):
+        terms = Linear(rank=3).fit(0, sample, *given_, known, skipped)
+        torch.testing.assert_close(terms.offset, both.offset, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(map_of(terms), map_of(both), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_skipped_of_a_sample() -> None:
+    x, h, down = problem(12)
+    sample = LayerSample(5)
+    with pytest.raises(ValueError, match="no token"):
+        sample.skipped_part(DenseDown(down), DROPPED, torch.ones(0, len(DROPPED)).bool())
+    sample.update(x, h, torch.arange(1, 13))
+    assert sample.h is not None
+    small = torch.rand(5, len(DROPPED), generator=torch.Generator().manual_seed(1)) < 0.5
+    made = sample.skipped_part(DenseDown(down), DROPPED, small)
+    torch.testing.assert_close(made, (sample.h[:, DROPPED] * small) @ down[:, DROPPED].t())
+
+
 @pytest.mark.parametrize("tokens", [65, 255])
 @pytest.mark.parametrize("ridge", [0.1, 0.3, 30.0])
 def test_a_large_sample_is_fitted_in_float32_as_well_as_in_float64(

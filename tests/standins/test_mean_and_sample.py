@@ -110,7 +110,9 @@ def test_stand_ins_are_registered_by_their_names() -> None:
 def test_descriptions_are_complete_json() -> None:
     assert Mean().describe() == {"name": "mean"}
     described = json.loads(json.dumps(Linear(rank=3, ridge=0.1).describe()))
-    assert described == {"name": "linear", "rank": 3, "ridge": 0.1, "sample_tokens": 256}
+    assert described == {
+        "name": "linear", "rank": 3, "ridge": 0.1, "sample_tokens": 256, "fit_skipped": False,
+    }  # fmt: skip
     assert Linear(**{k: v for k, v in described.items() if k != "name"}) == Linear(
         rank=3, ridge=0.1
     )

@@ -14,6 +14,7 @@ from coreinfer.backends.hf.session import HfBackend
 from coreinfer.cli import options
 from coreinfer.cli.config import expand_config
 from coreinfer.cli.main import build_parser
+from coreinfer.cli.stand_in import stand_in_from
 from coreinfer.errors import UserError
 from coreinfer.recording import RecordingPlan
 from coreinfer.runtime.generation import prefill
@@ -62,6 +63,7 @@ stand_ins = st.sampled_from(
         ("mean", {}),
         ("linear", {"rank": 3, "ridge": 0.125}),
         ("calibrated", {"rank": 2, "ridge": 3.0}),
+        ("calibrated", {"rank": 2, "fit_skipped": True}),
     ]
 )
 neurons = st.integers(1, 48)
@@ -104,7 +106,7 @@ def test_the_file_gives_the_same_settings(
     write_settings(path, candidate.options(stores), ["what for: a = [1]\nand on"])
     args = typed(verb, path)
     setting = candidate.effective.setting(stores)
-    selector, stand_in = options.selector_from(args), options.stand_in_from(args)
+    selector, stand_in = options.selector_from(args), stand_in_from(args)
     assert selector.describe() == setting.selector.describe()
     assert (stand_in is None) == (setting.stand_in is None)
     if stand_in is not None and setting.stand_in is not None:
@@ -122,7 +124,7 @@ def test_the_file_gives_the_same_density(
     path = tmp_path / "s.toml"
     write_settings(path, candidate.options(stores), [])
     args = typed("generate", path)
-    rule, made = options.selector_from(args), options.stand_in_from(args)
+    rule, made = options.selector_from(args), stand_in_from(args)
     plan = RecordingPlan.of(rule, made)
     chosen = prefill(backend, [PROMPT], plan).session.select(rule, made)[0]
     assert chosen.core_set.density == pytest.approx(sum(kept) / (3 * 48))

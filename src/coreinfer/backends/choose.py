@@ -147,12 +147,14 @@ def choose(
         if not kept or stays_whole(layer, kept[0], size, selector):
             continue
         terms = None
-        if stand_in is not None and kept[0].numel() < size:
-            terms = [
-                stand_in.fit(layer, recorder.sample(layer), model.down(layer), others(index, size))
-                for recorder, index in zip(recorders, kept, strict=True)
-            ]
         least = least_activations(layer, kept, recorders, selector)
+        if stand_in is not None and kept[0].numel() < size:
+            down = model.down(layer)
+            thresholds: Sequence[Tensor | None] = least or [None] * len(kept)
+            terms = [
+                fitted(stand_in, layer, recorder, down, index, own)
+                for recorder, index, own in zip(recorders, kept, thresholds, strict=True)
+            ]
         small = SmallLayer(layer, kept, terms, least)
         sparse[layer] = make_sparse(model, small, compact_layer)
     return put_together(model, selector, selections, sparse)
@@ -177,6 +179,31 @@ def least_activations(
         recorder.gates(layer).least(index, active)
         for recorder, index in zip(recorders, kept, strict=True)
     ]
+
+
+def fitted(
+    stand_in: StandIn,
+    layer: int,
+    recorder: PromptRecorder,
+    down: DownProjection,
+    kept: Tensor,
+    least: Tensor | None,
+    known: Tensor | None = None,
+) -> StandInTerms:
+    """A stand-in for what decode leaves out of a layer.
+
+    Args:
+        recorder: of the prompt.
+        down: the layer's down projection, [d, D].
+        kept: the core neurons, [K]; least: the least activation of each that counts, [K].
+        known: what the dropped neurons add, [T, d], as `StandIn.fit` takes it.
+    """
+    sample, skipped = recorder.sample(layer), None
+    if stand_in.fit_skipped and least is not None:
+        small = recorder.gates(layer).skipped(kept, least, len(sample.inputs))
+        skipped = sample.skipped_part(down, kept.long(), small)
+    size = recorder.layer_statistics(layer).num_neurons
+    return stand_in.fit(layer, sample, down, others(kept, size), known, skipped)
 
 
 def make_sparse(

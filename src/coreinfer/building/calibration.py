@@ -26,7 +26,7 @@ from coreinfer.building.layer_errors import measure_errors
 from coreinfer.building.reading import Skips, TokenCorpus, TokenDocument
 from coreinfer.building.sample import CalibrationCorpus
 from coreinfer.building.settings import CalibrationSettings, memory_needed
-from coreinfer.building.training import train
+from coreinfer.building.training import require_length, train
 from coreinfer.building.work import Checkpoint, WorkFolder, work_folder
 from coreinfer.building.written import WRITTEN, own_corpus
 from coreinfer.calibration.store import NAME, CalibrationStore
@@ -107,6 +107,8 @@ def calibrate(
             path, backend.tokenizer, most, settings.batch_size, settings.min_chars, Skips(on_skip)
         )
         counted = CalibrationCorpus.counted(reader, progress)
+        if settings.train_steps:
+            require_length(counted.longest)
         build = _Build(backend, counted, settings, work, on_note, progress)
         made_with = {
             "model_fingerprint": backend.fingerprint,

@@ -32,12 +32,14 @@ class CalibrationCorpus:
         reader: of the corpus.
         documents: how many; tokens: of them all.
         long: how many of the documents have the tokens that errors are measured on.
+        longest: the tokens of the longest.
     """
 
     reader: TokenCorpus
     documents: int
     tokens: int
     long: int
+    longest: int
 
     @classmethod
     def counted(cls, reader: TokenCorpus, progress: bool = True) -> CalibrationCorpus:
@@ -46,12 +48,13 @@ class CalibrationCorpus:
         Raises:
             UserError: if there is no document with a token, or none is long enough.
         """
-        documents = tokens = long = 0
+        documents = tokens = long = longest = 0
         with tqdm(desc="counting", unit="doc", disable=None if progress else True) as bar:
             for document in _usable(reader):
                 documents += 1
                 tokens += len(document.ids)
                 long += len(document.ids) >= LEAST_TOKENS
+                longest = max(longest, len(document.ids))
                 bar.update()
         reader.skips.pass_done()
         if not documents:
@@ -61,7 +64,7 @@ class CalibrationCorpus:
                 f"{str(reader.path)!r} has no document of {LEAST_TOKENS} tokens or more, on which "
                 "the layers' errors are measured; use longer ones"
             )
-        return cls(reader, documents, tokens, long)
+        return cls(reader, documents, tokens, long, longest)
 
     def read(self) -> Iterator[TokenDocument]:
         """All of them, in the order of the file."""

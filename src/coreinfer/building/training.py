@@ -152,6 +152,12 @@ def train(
     return trainer.store
 
 
+def require_length(longest: int) -> None:
+    """Raises UserError if the longest document of a corpus is too short to train on."""
+    if longest < LEAST_TOKENS:
+        raise UserError(f"no document has the {LEAST_TOKENS} tokens that training needs")
+
+
 def _batches(documents: Callable[[], Iterator[Sequence[int]]]) -> Iterator[list[Sequence[int]]]:
     batch: list[Sequence[int]] = []
     for turn in count():
@@ -165,7 +171,7 @@ def _batches(documents: Callable[[], Iterator[Sequence[int]]]) -> Iterator[list[
                 yield batch
                 batch = []
         if not found and not turn:
-            raise UserError(f"no document has the {LEAST_TOKENS} tokens that training needs")
+            require_length(0)
 
 
 def gradients(

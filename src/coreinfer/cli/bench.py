@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from coreinfer.cli import options
+from coreinfer.cli.stand_in import FIT, add_stand_in_options, stand_in_from
 from coreinfer.cli.terminal import progress, table
 from coreinfer.cli.values import fractions, names, whole
 
@@ -77,7 +78,7 @@ def add_parser(verbs: Any) -> None:
     )
     options.add_given_rule_options(rows, "one more row for each dtype")
     options.add_selection_options(parser, one_rule=False)
-    options.add_stand_in_options(parser, one_rule=False)
+    add_stand_in_options(parser, one_rule=False)
     run_group = parser.add_argument_group("runs")
     run_group.add_argument(
         "--prompt-tokens",
@@ -156,11 +157,11 @@ def _given(args: argparse.Namespace) -> Decoding | None:
     from coreinfer.benchmarks.decoding import Decoding
 
     if args.selector is None:
-        others = (*options.SELECTION, "stand_in", "rank", "ridge")
+        others = (*options.SELECTION, "stand_in", *FIT)
         unused = {name for name in others if getattr(args, name) is not None} - {"seed"}
         options.point_out(unused, "no --selector")
         return None
     args.core_set, args.stand_in = None, args.stand_in or "none"
     names = ("clusters", "calibration")
     stores = {name: path for name in names if (path := getattr(args, name)) is not None}
-    return Decoding.of(options.selector_from(args), options.stand_in_from(args), stores)
+    return Decoding.of(options.selector_from(args), stand_in_from(args), stores)

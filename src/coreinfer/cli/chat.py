@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from coreinfer.cli import options, sampling
 from coreinfer.cli.generate import summary
+from coreinfer.cli.stand_in import add_stand_in_options, stand_in_from
 from coreinfer.cli.terminal import note, warn
 from coreinfer.errors import UserError
 
@@ -46,7 +47,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the template's)")
     sampling.add_sampling_options(parser)
     options.add_selection_options(parser)
-    options.add_stand_in_options(parser)
+    add_stand_in_options(parser)
     options.add_model_options(parser)
     parser.set_defaults(run=run, max_new_tokens=512)
 
@@ -54,7 +55,7 @@ def add_parser(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from coreinfer.runtime.sampling import SamplingParams
 
-    selector, stand_in = options.selector_from(args), options.stand_in_from(args)
+    selector, stand_in = options.selector_from(args), stand_in_from(args)
     params = SamplingParams(**sampling.sampling_from(args))
     llm = options.load_model(args)
     start = [] if args.system is None else [{"role": "system", "content": args.system}]

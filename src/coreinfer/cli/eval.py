@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coreinfer.cli import options
+from coreinfer.cli.stand_in import add_stand_in_options, stand_in_from
 from coreinfer.cli.terminal import Bar, note
 from coreinfer.cli.values import names, whole
 from coreinfer.errors import UserError
@@ -93,7 +94,7 @@ def add_parser(verbs: Any) -> None:
     how.add_argument("--json", action="store_true", help="print the record, not the table")
     options.add_given_rule_options(what, "the rule 'given'")
     options.add_selection_options(parser, one_rule=False)
-    options.add_stand_in_options(parser, one_rule=False)
+    add_stand_in_options(parser, one_rule=False)
     options.add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -182,8 +183,6 @@ def _rules(args: argparse.Namespace) -> tuple[dict[str, Rule], dict[str, str]]:
     rules = {}
     for rule in ready:
         args.selector, args.stand_in = rule.selector, rule.stand_in
-        setting = Setting(
-            options.selector_from(args, quiet=True), options.stand_in_from(args, quiet=True)
-        )
+        setting = Setting(options.selector_from(args, quiet=True), stand_in_from(args, quiet=True))
         rules[str(rule)] = Rule(setting, digests if setting.uses_a_store else ())
     return rules, left_out

@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from coreinfer.cli import options, sampling
+from coreinfer.cli.stand_in import add_stand_in_options, stand_in_from
 from coreinfer.cli.terminal import Skipped, megabytes, note, progress
 from coreinfer.cli.values import whole
 from coreinfer.errors import UserError, require_whole
@@ -46,7 +47,7 @@ def add_parser(verbs: Any) -> None:
     )
     sampling.add_sampling_options(parser)
     options.add_selection_options(parser)
-    options.add_stand_in_options(parser)
+    add_stand_in_options(parser)
     options.add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.runtime.sampling import SamplingParams
 
     require_whole("the batch size", args.batch_size, 1)
-    selection = {"selector": options.selector_from(args), "stand_in": options.stand_in_from(args)}
+    selection = {"selector": options.selector_from(args), "stand_in": stand_in_from(args)}
     answer = sampling.sampling_from(args)
     SamplingParams(**answer)  # refuses what is out of range before the model is loaded
     shared = {"raw": args.raw, **selection, **answer}

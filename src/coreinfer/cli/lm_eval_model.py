@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from coreinfer.cli import options
+from coreinfer.cli.stand_in import add_stand_in_options, stand_in_from
 from coreinfer.cli.terminal import Bar
 from coreinfer.cli.values import layer_budgets, layer_list, whole
 from coreinfer.errors import UserError
@@ -45,12 +46,12 @@ class CoreInfer(HarnessModel):
         parser = _Parser("coreinfer", add_help=False, allow_abbrev=False)
         options.add_model_options(parser)
         options.add_selection_options(parser)
-        options.add_stand_in_options(parser)
+        add_stand_in_options(parser)
         parser.add_argument("--scoring", choices=("sparse", "dense"), default="sparse")
         parser.add_argument("--batch-size", type=whole, default=8)
         given = _beside(additional_config or {}) | dict(arg_dict)
         args = parser.parse_args(_as_arguments(parser, given))
-        setting = Setting(options.selector_from(args), options.stand_in_from(args))
+        setting = Setting(options.selector_from(args), stand_in_from(args))
         bar = Bar()
         return cls(
             options.load_model(args).backend,

@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; --help must 
     from coreinfer.api import LLM
     from coreinfer.calibration.store import CalibrationStore
     from coreinfer.selectors import Selector
-    from coreinfer.standins import StandIn
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_SELECTOR = "impact"
@@ -215,32 +214,6 @@ def add_given_rule_options(group: argparse._ActionsContainer, what: str) -> None
     group.add_argument("--stand-in", choices=STAND_IN_NAMES, help=f"of {what} (default: none)")
 
 
-def add_stand_in_options(parser: argparse.ArgumentParser, *, one_rule: bool = True) -> None:
-    group = parser.add_argument_group("what takes the place of the dropped neurons")
-    if one_rule:
-        group.add_argument(
-            "--stand-in",
-            default="linear",
-            choices=STAND_IN_NAMES,
-            help="linear: a low-rank linear map of the MLP's input, fitted on the prompt "
-            "(default); calibrated: what the calibration predicts of them, corrected on the "
-            "prompt; mean: their mean over the prompt; none: they are dropped, as in the paper",
-        )
-    group.add_argument(
-        "--rank",
-        type=whole,
-        metavar="R",
-        help="rank of the linear map, from 1 (default: 32; calibrated: 64)",
-    )
-    group.add_argument(
-        "--ridge",
-        type=number,
-        metavar="C",
-        help="its penalty, relative to the size of the inputs, above 0 (default: 0.3; "
-        "calibrated: 3)",
-    )
-
-
 def add_prompt_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
     group = parser.add_argument_group("prompt (one of these)").add_mutually_exclusive_group(
         required=True
@@ -321,30 +294,6 @@ def selector_from(args: argparse.Namespace, *, quiet: bool = False) -> Selector:
         point_out(given.keys() - takes.keys() - {"seed"}, f"--selector {name}")
     known = rule.__dataclass_fields__
     return rule(**{key: value for key, value in given.items() if key in takes and key in known})
-
-
-def stand_in_from(args: argparse.Namespace, *, quiet: bool = False) -> StandIn | None:
-    """The stand-in that the options describe, None to drop; `quiet` about what it does not use.
-
-    Raises:
-        UserError: if a value is out of range.
-    """
-    from coreinfer.standins import STAND_INS
-
-    given: dict[str, Any] = {
-        name: value for name in ("rank", "ridge") if (value := getattr(args, name)) is not None
-    }
-    if args.stand_in == "none":
-        if not quiet:
-            point_out(set(given), "--stand-in none")
-        return None
-    made = STAND_INS[args.stand_in]
-    takes = {field.name for field in fields(made)}
-    if "calibration" in takes:
-        given["calibration"] = calibration_from(args, f"--stand-in {args.stand_in}")
-    if not quiet:
-        point_out(given.keys() - takes, f"--stand-in {args.stand_in}")
-    return made(**{name: value for name, value in given.items() if name in takes})
 
 
 def calibration_from(args: argparse.Namespace, why: str) -> CalibrationStore:

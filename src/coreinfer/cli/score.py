@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from coreinfer.cli import options
+from coreinfer.cli.stand_in import add_stand_in_options, stand_in_from
 from coreinfer.cli.terminal import Skipped
 from coreinfer.cli.values import whole
 
@@ -38,7 +39,7 @@ def add_parser(verbs: Any) -> None:
         help="print logprob, num_tokens, greedy and density of each pair as a JSON object",
     )
     options.add_selection_options(parser)
-    options.add_stand_in_options(parser)
+    add_stand_in_options(parser)
     options.add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from coreinfer.jsonl import read_jsonl
     from coreinfer.runtime.scoring import Pair, score
 
-    selector, stand_in = options.selector_from(args), options.stand_in_from(args)
+    selector, stand_in = options.selector_from(args), stand_in_from(args)
     llm = None
     skip = Skipped()
     rows = read_jsonl(args.pairs, ["context", "continuation"], skip)

@@ -16,7 +16,7 @@ from torch import Tensor
 from coreinfer.core.tokens import spread_order
 from coreinfer.kernels.statistics import activation_sums
 
-SAMPLED = 64  # tokens of a prompt whose activations are kept
+SAMPLED = 64  # tokens of a prompt that the thresholds come from
 
 
 @dataclass
@@ -26,6 +26,7 @@ class GateStatistics:
     The sampled tokens depend on their positions alone, not on how the prefill was cut.
 
     Attributes:
+        capacity: tokens whose gates are kept at most, `SAMPLED` or more.
         positions: [n] of the sampled tokens; gates: their activations [n, D], act(gate x) or, where
             the MLP is not gated, h itself; None before the first token.
         square_sum: of what the gate is multiplied by (1 where not gated), over the tokens where the
@@ -33,6 +34,7 @@ class GateStatistics:
         tokens: all there were.
     """
 
+    capacity: int = SAMPLED
     positions: Tensor | None = None
     gates: Tensor | None = None
     square_sum: Tensor | None = None
@@ -51,10 +53,12 @@ class GateStatistics:
         opened = len(gates) - closed.sum(dim=0)
         self.square_sum = square_sum if self.square_sum is None else self.square_sum + square_sum
         self.open = opened if self.open is None else self.open + opened
-        positions, gates = _sampled(positions, gates)  # first of the new ones alone, to copy less
+        # First of the new ones alone, to copy less.
+        positions, gates = _sampled(positions, gates, self.capacity)
         if self.positions is not None and self.gates is not None:
             positions = torch.cat([self.positions, positions])
-            positions, gates = _sampled(positions, torch.cat([self.gates, gates]))
+            gates = torch.cat([self.gates, gates])
+            positions, gates = _sampled(positions, gates, self.capacity)
         self.positions, self.gates = positions, gates
 
     def least(self, kept: Tensor, active: float) -> Tensor:
@@ -71,19 +75,43 @@ class GateStatistics:
         Raises:
             ValueError: if no token was added.
         """
-        if self.gates is None or self.square_sum is None or self.open is None:
-            raise ValueError("no token was recorded")
-        kept = kept.long().to(self.gates.device)
+        gates = self._gates(SAMPLED)
+        kept = kept.long().to(gates.device)
         sizes = self._sizes().to(kept.device)[kept]
-        products = (self.gates[:, kept].float().abs() * sizes).flatten().cpu().numpy()
+        products = (gates[:, kept].float().abs() * sizes).flatten().cpu().numpy()
         rank = len(products) - max(1, round(active * len(products)))
         threshold = float(np.partition(products, rank)[rank])
         return (threshold / sizes).cpu()
 
+    def skipped(self, kept: Tensor, least: Tensor, tokens: int) -> Tensor:
+        """Where a core neuron is too small to be read, at sampled tokens, [n, K] bool.
+
+        Args:
+            kept: the core neurons, [K].
+            least: of each, the least magnitude that counts, [K].
+            tokens: n, which are the tokens that any sample of so many has.
+
+        Raises:
+            ValueError: if no token was added, or fewer are kept than asked for.
+        """
+        gates = self._gates(tokens)
+        if len(gates) < tokens:
+            raise ValueError(f"the gates of {len(gates)} tokens are kept, not of {tokens}")
+        gates = gates.index_select(1, kept.long().to(gates.device))
+        return gates.float().abs() < least.to(gates.device)
+
+    def _gates(self, tokens: int) -> Tensor:
+        """Of so many tokens at most, [n, D]."""
+        if self.positions is None or self.gates is None:
+            raise ValueError("no token was recorded")
+        if tokens >= len(self.gates):
+            return self.gates
+        return _sampled(self.positions, self.gates, tokens)[1]
+
     def _sizes(self) -> Tensor:
         """The root mean square of what each gate is multiplied by, [D] float32; of a gate that was
         never open, that of the others, or 1 where none was."""
-        assert self.square_sum is not None
+        assert self.square_sum is not None  # as the gates, which were asked for first
         assert self.open is not None
         opened = self.open.to(self.square_sum.device)
         known = (opened > 0) & (self.square_sum > 0)
@@ -95,7 +123,7 @@ class GateStatistics:
         return sizes.float()
 
 
-def _sampled(positions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies of the first `SAMPLED` in spread order, in the order of their positions."""
-    kept = spread_order(positions)[:SAMPLED].sort().values
+def _sampled(positions: Tensor, rows: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Copies of the first so many in spread order, in the order of their positions."""
+    kept = spread_order(positions)[:tokens].sort().values
     return positions[kept], rows[kept]

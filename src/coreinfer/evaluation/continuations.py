@@ -209,6 +209,7 @@ def widest(settings: Iterable[Setting]) -> RecordingPlan:
         sample_tokens=max(samples, default=None),
         calibration=next(iter(calibrations), None),
         gates=any(plan.gates for plan in plans),
+        sample_gates=any(plan.sample_gates for plan in plans),
     )
 
 

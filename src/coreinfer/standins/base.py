@@ -43,6 +43,11 @@ class StandIn(ABC):
     def sample_tokens(self) -> int:
         """How many prompt tokens' x and h must be kept to fit it; 0 where sums are enough."""
 
+    @property
+    def fit_skipped(self) -> bool:
+        """Whether it also stands for core neurons at the tokens where they are skipped."""
+        return False
+
     @abstractmethod
     def fit(
         self,
@@ -51,6 +56,7 @@ class StandIn(ABC):
         down: DownProjection,
         dropped: Tensor,
         known: Tensor | None = None,
+        skipped: Tensor | None = None,
     ) -> StandInTerms:
         """Fit one layer on its prompt.
 
@@ -62,6 +68,8 @@ class StandIn(ABC):
             dropped: indices of the dropped neurons, int64; at least one.
             known: the dropped part W_down[:, dropped] h_t[dropped] of every token read so far, each
                 at its position, [T, d] float32, where it was computed already.
+            skipped: what the core neurons add at the sampled tokens where they are skipped,
+                [n, d] float32; given where `fit_skipped` and neurons are skipped.
 
         Raises:
             ValueError: if the sample has no token.

@@ -35,6 +35,8 @@ class Calibrated(StandIn):
         ridge: c of the penalty, above 0.
         sample_tokens: prompt tokens to fit on at most.
         prior_tokens: what the corpus weighs in the choice of M's directions, from 0.
+        fit_skipped: fit it to what is left out of core neurons that are skipped as well, which
+            takes selection one more product.
     """
 
     calibration: CalibrationStore
@@ -42,6 +44,7 @@ class Calibrated(StandIn):
     ridge: float = 3.0
     sample_tokens: int = 256
     prior_tokens: int = 200
+    fit_skipped: bool = False
 
     name: ClassVar[str] = "calibrated"
 
@@ -61,9 +64,10 @@ class Calibrated(StandIn):
         down: DownProjection,
         dropped: Tensor,
         known: Tensor | None = None,
+        skipped: Tensor | None = None,
     ) -> StandInTerms:
         prediction = self.calibration.predictions[layer]
-        r = sample.dropped_part(down, dropped, known)
+        r = sample.left_out(down, dropped, known, skipped)
         coefficients = prediction.coefficients[1:].to(r.device)  # the mean is the prompt's own
         predicted = down(coefficients.index_select(1, dropped), dropped)  # [r, d]
         dual = Dual.of(sample.inputs, self.ridge)

@@ -33,11 +33,14 @@ class Linear(StandIn):
         rank: of M, at least 1; decode adds 2 * rank * d multiplications a layer.
         ridge: c of the penalty, above 0.
         sample_tokens: prompt tokens to fit on at most.
+        fit_skipped: fit it to what is left out of core neurons that are skipped as well, which
+            takes selection one more product.
     """
 
     rank: int = 32
     ridge: float = 0.3
     sample_tokens: int = 256
+    fit_skipped: bool = False
 
     name: ClassVar[str] = "linear"
 
@@ -53,8 +56,9 @@ class Linear(StandIn):
         down: DownProjection,
         dropped: Tensor,
         known: Tensor | None = None,
+        skipped: Tensor | None = None,
     ) -> StandInTerms:
-        r = sample.dropped_part(down, dropped, known)
+        r = sample.left_out(down, dropped, known, skipped)
         dual = Dual.of(sample.inputs, self.ridge)
         r_mean = r.mean(dim=0, dtype=dual.mean.dtype)
         left, right = _reduced_rank(dual, r - r_mean, self.rank)

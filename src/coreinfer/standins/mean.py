@@ -29,6 +29,7 @@ class Mean(StandIn):
         down: DownProjection,
         dropped: Tensor,
         known: Tensor | None = None,
+        skipped: Tensor | None = None,
     ) -> StandInTerms:
         if sample.h_sum is None:
             raise ValueError("no token was recorded")

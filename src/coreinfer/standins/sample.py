@@ -75,15 +75,20 @@ class LayerSample:
             raise ValueError("no token was sampled")
         return self.x
 
-    def dropped_part(
-        self, down: DownProjection, dropped: Tensor, known: Tensor | None = None
+    def left_out(
+        self,
+        down: DownProjection,
+        dropped: Tensor,
+        known: Tensor | None = None,
+        skipped: Tensor | None = None,
     ) -> Tensor:
-        """What the dropped neurons add to the output at the sampled tokens, [n, d] float32.
+        """What decode leaves out of the output at the sampled tokens, [n, d] float32.
 
         Args:
             down: the down projection; dropped: the neurons, int64.
             known: that part of every token read so far, each at its position, [T, d] float32,
                 where it was computed already.
+            skipped: what is left out beside them at the sampled tokens, [n, d] float32.
 
         Raises:
             ValueError: if no token was sampled.
@@ -91,8 +96,24 @@ class LayerSample:
         if self.h is None or self.positions is None:
             raise ValueError("no token was sampled")
         if known is None:
-            return down(self.h.index_select(1, dropped), dropped)
-        return known.index_select(0, self.positions)
+            r = down(self.h.index_select(1, dropped), dropped)
+        else:
+            r = known.index_select(0, self.positions)
+        return r if skipped is None else r + skipped
+
+    def skipped_part(self, down: DownProjection, kept: Tensor, small: Tensor) -> Tensor:
+        """What core neurons would add at the sampled tokens where they are skipped, [n, d] float32.
+
+        Args:
+            down: the down projection; kept: the core neurons [K], int64.
+            small: where they are skipped, [n, K] bool.
+
+        Raises:
+            ValueError: if no token was sampled.
+        """
+        if self.h is None:
+            raise ValueError("no token was sampled")
+        return down(self.h.index_select(1, kept).masked_fill(~small, 0.0), kept)
 
 
 def _compact(rows: Tensor) -> Tensor:

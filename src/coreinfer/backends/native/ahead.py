@@ -9,6 +9,7 @@ from coreinfer.backends.choose import (
     SmallLayer,
     SparseLayer,
     check,
+    fitted,
     least_activations,
     make_sparse,
     others,
@@ -95,14 +96,15 @@ class Ahead:
         if stays_whole(layer, kept, size, selector):
             return None
         terms, product = None, None
+        least = least_activations(layer, [kept], [self._recorder], selector)
         if stand_in is not None and kept.numel() < size:
             down, rest = self._view.down(layer), others(kept, size)
             product, dropped = self._products.down_in_parts(
                 h, down.records, down.size, [kept.long(), rest]
             )
-            terms = [stand_in.fit(layer, self._recorder.sample(layer), down, rest, dropped)]
+            own_least = None if least is None else least[0]
+            terms = [fitted(stand_in, layer, self._recorder, down, kept, own_least, dropped)]
             product += dropped
-        least = least_activations(layer, [kept], [self._recorder], selector)
         small = SmallLayer(layer, [kept], terms, least)
         self._sparse[layer] = make_sparse(self._view, small, self._stepper.pack_layer)
         return product
