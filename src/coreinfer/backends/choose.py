@@ -152,7 +152,13 @@ def choose(
             down = model.down(layer)
             thresholds: Sequence[Tensor | None] = least or [None] * len(kept)
             terms = [
-                fitted(stand_in, layer, recorder, down, index, own)
+                stand_in.fit(
+                    layer,
+                    recorder.sample(layer),
+                    down,
+                    others(index, size),
+                    skipped=skipped_part(stand_in, layer, recorder, down, index, own),
+                )
                 for recorder, index, own in zip(recorders, kept, thresholds, strict=True)
             ]
         small = SmallLayer(layer, kept, terms, least)
@@ -181,29 +187,27 @@ def least_activations(
     ]
 
 
-def fitted(
+def skipped_part(
     stand_in: StandIn,
     layer: int,
     recorder: PromptRecorder,
     down: DownProjection,
     kept: Tensor,
     least: Tensor | None,
-    known: Tensor | None = None,
-) -> StandInTerms:
-    """A stand-in for what decode leaves out of a layer.
+) -> Tensor | None:
+    """What core neurons add where they are skipped, [n, d], as `StandIn.fit` takes it; None where
+    none are, or the stand-in does not ask for it.
 
     Args:
         recorder: of the prompt.
-        down: the layer's down projection, [d, D].
+        down: the layer's down projection.
         kept: the core neurons, [K]; least: the least activation of each that counts, [K].
-        known: what the dropped neurons add, [T, d], as `StandIn.fit` takes it.
     """
-    sample, skipped = recorder.sample(layer), None
-    if stand_in.fit_skipped and least is not None:
-        small = recorder.gates(layer).skipped(kept, least, len(sample.inputs))
-        skipped = sample.skipped_part(down, kept.long(), small)
-    size = recorder.layer_statistics(layer).num_neurons
-    return stand_in.fit(layer, sample, down, others(kept, size), known, skipped)
+    if least is None or not stand_in.fit_skipped:
+        return None
+    sample = recorder.sample(layer)
+    small = recorder.gates(layer).skipped(kept, least, len(sample.inputs))
+    return sample.skipped_part(down, kept.long(), small)
 
 
 def make_sparse(

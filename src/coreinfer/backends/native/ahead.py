@@ -9,11 +9,11 @@ from coreinfer.backends.choose import (
     SmallLayer,
     SparseLayer,
     check,
-    fitted,
     least_activations,
     make_sparse,
     others,
     put_together,
+    skipped_part,
     stays_whole,
 )
 from coreinfer.backends.native.products import Products
@@ -103,7 +103,9 @@ class Ahead:
                 h, down.records, down.size, [kept.long(), rest]
             )
             own_least = None if least is None else least[0]
-            terms = [fitted(stand_in, layer, self._recorder, down, kept, own_least, dropped)]
+            skipped = skipped_part(stand_in, layer, self._recorder, down, kept, own_least)
+            sample = self._recorder.sample(layer)
+            terms = [stand_in.fit(layer, sample, down, rest, dropped, skipped)]
             product += dropped
         small = SmallLayer(layer, [kept], terms, least)
         self._sparse[layer] = make_sparse(self._view, small, self._stepper.pack_layer)
